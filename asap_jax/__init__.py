@@ -1,0 +1,55 @@
+"""Doubly-stochastic attention that is cheap to deploy.
+
+Train with Sinkhorn attention, then `compile` the model: each attention layer becomes a
+learned map from exact one-dimensional potentials to the Sinkhorn dual, and one entropic
+closure. The numerical core is pure functions on arrays; see the modules `potentials`,
+`dual_map`, `c_transform`, `sinkhorn`, `calibrate` and `metrics`.
+"""
+
+from asap_jax.artifact import load, save
+from asap_jax.attention import asap_attention, sinkhorn_attention, softmax_attention
+from asap_jax.c_transform import (
+  Duals,
+  apply_plan,
+  c_transform,
+  closure,
+  closures,
+  plan,
+)
+from asap_jax.compiler import Compiled, compile
+from asap_jax.dual_map import DualMap, dual_features, predict_dual
+from asap_jax.layers import AsapAttention, DualParam, SinkhornMultiHeadAttention
+from asap_jax.potentials import Potentials, kantorovich_potentials, sliced_potentials
+from asap_jax.report import LayerReport, Report
+from asap_jax.sinkhorn import sinkhorn_duals, sinkhorn_source_dual
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "AsapAttention",
+  "Compiled",
+  "DualMap",
+  "DualParam",
+  "Duals",
+  "LayerReport",
+  "Potentials",
+  "Report",
+  "SinkhornMultiHeadAttention",
+  "apply_plan",
+  "asap_attention",
+  "c_transform",
+  "closure",
+  "closures",
+  "compile",
+  "dual_features",
+  "kantorovich_potentials",
+  "load",
+  "plan",
+  "predict_dual",
+  "save",
+  "sinkhorn_attention",
+  "sinkhorn_duals",
+  "sinkhorn_source_dual",
+  "sliced_potentials",
+  "softmax_attention",
+]

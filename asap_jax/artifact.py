@@ -1,0 +1,231 @@
+"""Saving and restoring a compiled model with Orbax.
+
+A saved model is a directory: `arrays/`, an Orbax checkpoint of every variable, and
+`manifest.json`, which names the sites, their dual maps, all arrays with shapes and
+dtypes, and a digest of every file. Nothing in it is code: loading runs none.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from asap_jax.dual_map import DualMap, feature_count
+from asap_jax.layers import AsapAttention
+from asap_jax.surgery import find_sinkhorn, replace_sites
+
+FORMAT = 1
+_MANIFEST, _ARRAYS = "manifest.json", "arrays"
+
+
+def save(
+  path: str | os.PathLike[str], model: nnx.Module, *, overwrite: bool = False
+) -> None:
+  """Writes a compiled model to a new directory, whole or not at all.
+
+  Args:
+    path: directory to create.
+    model: a compiled model (`asap_jax.compile`), trained further or not.
+    overwrite: whether a model already saved at `path` may be replaced.
+
+  Raises:
+    FileExistsError: if `path` exists and `overwrite` is false, or it exists and is not
+      a saved model.
+    ValueError: if `model` holds no compiled attention.
+  """
+  path = pathlib.Path(path).absolute()
+  if path.exists() and not (overwrite and (path / _MANIFEST).is_file()):
+    reason = (
+      "is not a saved model" if overwrite else "pass overwrite=True to replace it"
+    )
+    raise FileExistsError(f"path={path} exists already: {reason}")
+  sites = [
+    {
+      "path": list(where),
+      "attribute": attribute,
+      "features": list(held.features),
+      "directions": list(held.directions.shape),
+      "options": dict(held.options),
+    }
+    for where, module in nnx.iter_modules(model)
+    for attribute, held in vars(module).items()
+    if isinstance(held, AsapAttention)
+  ]
+  if not sites:
+    raise ValueError("model holds no compiled attention: expected asap_jax.compile's")
+  arrays = _flat_state(nnx.state(model))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(aside / _ARRAYS, arrays)
+      checkpointer.wait_until_finished()
+    manifest = {
+      "format": FORMAT,
+      "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
+      "sites": sites,
+      "arrays": {name: _describe(array) for name, array in arrays.items()},
+      "keys": _key_kinds(nnx.state(model)),
+      "files": _digests(aside),
+    }
+    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    if path.exists():
+      old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+      os.replace(path, old / path.name)
+      os.replace(aside, path)
+      shutil.rmtree(old)
+    else:
+      os.replace(aside, path)
+  finally:
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
+  """Restores a compiled model, equal to what was saved to the last bit.
+
+  Args:
+    path: directory that `save` wrote.
+    model: an uncompiled model of the same architecture, as the constructor gives it
+      or under `nnx.eval_shape`; its values do not matter and it is left untouched.
+
+  Returns:
+    The compiled model.
+
+  Raises:
+    FileNotFoundError: if there is no saved model at `path`.
+    ValueError: if the files are truncated, altered or of another format, or the model
+      has another structure than the saved one.
+  """
+  path = pathlib.Path(path).absolute()
+  manifest = _read_manifest(path)
+  found = {(site.path, site.attribute): site for site in find_sinkhorn(model)}
+  saved = {(tuple(s["path"]), s["attribute"]): s for s in manifest["sites"]}
+  if found.keys() != saved.keys():
+    raise ValueError(
+      f"model has Sinkhorn attention at {sorted(map(str, found))}: the saved model has "
+      f"it at {sorted(map(str, saved))}"
+    )
+  compiled = replace_sites(
+    model, list(found.values()), [_blank_attention(saved[where]) for where in found]
+  )
+  graph, state = nnx.split(compiled)
+  expected = {name: _describe(array) for name, array in _flat_state(state).items()}
+  _check_same_arrays(expected, manifest["arrays"])
+  abstract = {
+    name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+    for name, (shape, dtype) in expected.items()
+  }
+  with ocp.StandardCheckpointer() as checkpointer:
+    arrays = checkpointer.restore(path / _ARRAYS, abstract)
+  return nnx.merge(graph, _with_arrays(state, arrays, manifest["keys"]))
+
+
+def _flat_state(state: nnx.State) -> dict[str, Any]:
+  """Every variable's array, real or abstract, by path; PRNG keys as raw data."""
+  flat = {}
+  for path, variable in nnx.to_flat_state(state):
+    value = variable.get_value()
+    if _is_key(value):
+      abstract = isinstance(value, jax.ShapeDtypeStruct)
+      raw = jax.random.key_data
+      value = jax.eval_shape(raw, value) if abstract else raw(value)
+    flat[_name(path)] = value
+  return flat
+
+
+def _with_arrays(
+  state: nnx.State, arrays: dict[str, jax.Array], keys: dict[str, str]
+) -> nnx.State:
+  """`state` with these arrays in the place of its own."""
+  flat = []
+  for path, variable in nnx.to_flat_state(state):
+    array = arrays[_name(path)]
+    if _is_key(variable.get_value()):
+      array = jax.random.wrap_key_data(array, impl=keys[_name(path)])
+    flat.append((path, variable.replace(array)))
+  return nnx.from_flat_state(flat)
+
+
+def _key_kinds(state: nnx.State) -> dict[str, str]:
+  return {
+    _name(path): str(jax.random.key_impl(variable.get_value()))
+    for path, variable in nnx.to_flat_state(state)
+    if _is_key(variable.get_value())
+  }
+
+
+def _is_key(value: Any) -> bool:
+  return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def _name(path: tuple[str | int, ...]) -> str:
+  return ".".join(map(str, path))
+
+
+def _describe(array: Any) -> list[Any]:
+  return [list(array.shape), np.dtype(array.dtype).name]
+
+
+def _digests(directory: pathlib.Path) -> dict[str, str]:
+  return {
+    file.relative_to(directory).as_posix(): hashlib.sha256(
+      file.read_bytes()
+    ).hexdigest()
+    for file in sorted(directory.rglob("*"))
+    if file.is_file()
+  }
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+  if not (path / _MANIFEST).is_file():
+    raise FileNotFoundError(
+      f"path={path}: no saved model there ({_MANIFEST} is absent)"
+    )
+  try:
+    manifest = json.loads((path / _MANIFEST).read_text())
+    written, files = manifest["format"], manifest["files"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"path={path}: {_MANIFEST} is truncated or altered") from error
+  if written != FORMAT:
+    raise ValueError(
+      f"path={path} has format {written}: this version of asap_jax reads {FORMAT}"
+    )
+  present = _digests(path)
+  broken = [name for name, digest in files.items() if present.get(name) != digest]
+  if broken:
+    raise ValueError(f"path={path}: truncated, altered or absent: {', '.join(broken)}")
+  return manifest
+
+
+def _blank_attention(saved: dict[str, Any]) -> AsapAttention:
+  heads, slices, dim = saved["directions"]
+  features = tuple(saved["features"])
+  columns = feature_count(features, slices, dim)
+  dual_map = DualMap(
+    jnp.zeros((heads, slices, dim)), jnp.zeros((heads, columns)), features
+  )
+  return AsapAttention(dual_map, saved["options"])
+
+
+def _check_same_arrays(
+  expected: dict[str, list[Any]], saved: dict[str, list[Any]]
+) -> None:
+  lines = [
+    f"{name}: saved {saved.get(name, 'nothing')}, model {expected.get(name, 'nothing')}"
+    for name in sorted(expected.keys() | saved.keys())
+    if expected.get(name) != saved.get(name)
+  ]
+  if lines:
+    raise ValueError(
+      f"model has another structure than the saved one, in {len(lines)} arrays "
+      f"[shape, dtype]: {'; '.join(lines[:5])}"
+    )

@@ -1,0 +1,188 @@
+"""Entropic c-transforms, the two-sided closure, and the plan.
+
+Attention weights are A_ij = exp(S_ij + f_i + g_j) with logits S and duals f, g in the
+units of the logits. Valid rows of A sum to one and its columns to n_valid / m_valid;
+in terms of the usual transport plan P, which sums to one, A = n_valid P. With float
+weights a and b, rows sum to n_valid a_i and columns to n_valid b_j.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from asap_jax.weights import (
+  Weights,
+  check_weights,
+  masses,
+  valid,
+  valid_pairs,
+  zero_invalid,
+)
+
+# Stands for log 0: finite, so that gradients of masked entries are zero and not NaN.
+_LOG_ZERO = -1e30
+
+
+class Duals(NamedTuple):
+  """Dual variables of entropic transport, in units of logits; zero on absent points.
+
+  Attributes:
+    f: query side, `[..., n]`, defined up to a constant that g takes back.
+    g: key side, `[..., m]`.
+  """
+
+  f: Float[Array, "... n"]
+  g: Float[Array, "... m"]
+
+
+def c_transform(
+  logits: Float[Array, "*batch n m"],
+  dual: Float[Array, "..."],
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+  *,
+  to: Literal["query", "key"],
+) -> Float[Array, "..."]:
+  """The entropic c-transform of one side's dual: the dual of the other side.
+
+  To the key side, g_j = log c_j - log sum_i exp(S_ij + f_i); to the query side,
+  f_i = log r_i - log sum_j exp(S_ij + g_j), where r and c are the row and column sums
+  of the plan (module docstring). Half a Sinkhorn iteration (Peyré and Cuturi, 2019,
+  "Computational Optimal Transport", equation 4.43).
+
+  Works under jit, vmap and grad.
+
+  Args:
+    logits: S, `[..., n, m]`.
+    dual: f `[..., n]` if `to` is `"key"`, g `[..., m]` if it is `"query"`.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: likewise, `[..., m]`.
+    to: the side whose dual is computed.
+
+  Returns:
+    The dual `[..., m]` or `[..., n]`, at least float32, zero on absent points.
+
+  Raises:
+    ValueError: if weights do not fit the logits or `to` is unknown.
+  """
+  _check(logits, query_weights, key_weights)
+  n, m = logits.shape[-2:]
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  if to == "key":
+    summed, source = -2, query_weights
+    marginal = _column_sums(query_weights, key_weights, n, m)
+    target = key_weights
+    scores = logits + dual[..., :, None]
+  elif to == "query":
+    summed, source = -1, key_weights
+    marginal, target = _row_sums(query_weights, n), query_weights
+    scores = logits + dual[..., None, :]
+  else:
+    raise ValueError(f"to={to!r}: expected 'query' or 'key'")
+  present = valid(source)
+  if present is not None:
+    present = jnp.expand_dims(present, -3 - summed)
+    scores = jnp.where(present, scores, _LOG_ZERO)
+  log_marginal = jnp.log(jnp.where(marginal > 0, marginal, 1.0))
+  return zero_invalid(log_marginal - jax.nn.logsumexp(scores, axis=summed), target)
+
+
+def closure(
+  logits: Float[Array, "*batch n m"],
+  f: Float[Array, "..."],
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Duals:
+  """The two-sided closure: g from f, then f anew from g.
+
+  It is one Sinkhorn iteration started at f; rows of the plan are exact after it. Works
+  under jit, vmap and grad; arguments and errors as in `c_transform`.
+
+  Returns:
+    `Duals` of the closed plan.
+  """
+  g = c_transform(logits, f, query_weights, key_weights, to="key")
+  return Duals(c_transform(logits, g, query_weights, key_weights, to="query"), g)
+
+
+def closures(
+  logits: Float[Array, "*batch n m"],
+  f: Float[Array, "..."],
+  count: int,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Duals:
+  """`count` closures in a row: as many Sinkhorn iterations started at f.
+
+  Raises:
+    ValueError: if `count` is below one; else as in `c_transform`.
+  """
+  if count < 1:
+    raise ValueError(f"count={count}: expected at least one closure")
+
+  def step(f, _):
+    return closure(logits, f, query_weights, key_weights).f, None
+
+  if count > 1:
+    dtype = jnp.promote_types(jnp.promote_types(logits.dtype, f.dtype), jnp.float32)
+    shape = logits.shape[:-1]
+    f = jnp.broadcast_to(f.astype(dtype), shape)
+    f, _ = jax.lax.scan(step, f, length=count - 1)
+  return closure(logits, f, query_weights, key_weights)
+
+
+def plan(
+  logits: Float[Array, "*batch n m"],
+  duals: Duals,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Float[Array, "*batch n m"]:
+  """Attention weights exp(S + f + g), exactly zero wherever a point is absent.
+
+  Works under jit, vmap and grad; arguments and errors as in `c_transform`.
+  """
+  _check(logits, query_weights, key_weights)
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  scores = logits + duals.f[..., :, None] + duals.g[..., None, :]
+  pairs = valid_pairs(query_weights, key_weights)
+  return jnp.exp(scores if pairs is None else jnp.where(pairs, scores, _LOG_ZERO))
+
+
+def apply_plan(
+  logits: Float[Array, "*batch n m"],
+  duals: Duals,
+  value: Float[Array, "*#batch m features"],
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Float[Array, "*batch n features"]:
+  """The plan applied to values `[..., m, features]`, in the dtype of the values.
+
+  Works under jit, vmap and grad; other arguments and errors as in `c_transform`.
+  """
+  weights = plan(logits, duals, query_weights, key_weights)
+  value = zero_invalid(value, key_weights, axis=-2)
+  return jnp.einsum("...nm,...mv->...nv", weights.astype(value.dtype), value)
+
+
+def _check(logits: Array, query_weights: Weights, key_weights: Weights) -> None:
+  check_weights("query_weights", query_weights, logits.shape[-2])
+  check_weights("key_weights", key_weights, logits.shape[-1])
+
+
+def _row_sums(query_weights: Weights, n: int) -> Array:
+  if query_weights is None:
+    return jnp.ones((n,), jnp.float32)
+  if query_weights.dtype == jnp.bool_:
+    return query_weights.astype(jnp.float32)
+  count = (query_weights > 0).sum(-1, keepdims=True)
+  return masses(query_weights, n) * count
+
+
+def _column_sums(query_weights: Weights, key_weights: Weights, n: int, m: int) -> Array:
+  if query_weights is None:
+    total = float(n)
+  else:
+    total = valid(query_weights).sum(-1, keepdims=True).astype(jnp.float32)
+  return masses(key_weights, m) * total

@@ -1,0 +1,158 @@
+"""The learned dual map: from features of one sequence to the Sinkhorn query-side dual.
+
+f_hat_i = sum_p w_p feature_p(i), with every feature centred over the valid queries of
+its sequence, since a dual is defined up to a constant. Feature kinds, in this order:
+
+- `potentials`: exact one-dimensional potentials along the slices (Tran, Milkert and
+  Hyde, 2026, "ASAP", arXiv 2605.12879);
+- `query`: the query itself, beyond the paper;
+- `cumulants`: <q_i, mean k> and q_i^T Cov(k) q_i, the first two cumulants of
+  log mean_j exp(S_ij), beyond the paper.
+
+Queries here already carry the scale of the logits: S = query key^T.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from asap_jax.potentials import sliced_potentials
+from asap_jax.slices import normalise
+from asap_jax.weights import Weights, centre, check_weights, masses, mean, zero_invalid
+
+FEATURES = ("potentials", "query", "cumulants")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DualMap:
+  """Parameters of the dual map of one attention layer: a pytree.
+
+  Attributes:
+    directions: slices, `[heads, slices, dim]`; normalised where they are used.
+    weights: of the features, `[heads, features]`.
+    features: the kinds of features, a subset of `FEATURES` in that order (static).
+  """
+
+  directions: jax.Array
+  weights: jax.Array
+  features: tuple[str, ...] = dataclasses.field(
+    default=FEATURES, metadata={"static": True}
+  )
+
+
+def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
+  """Number of columns that the feature kinds have together.
+
+  Raises:
+    ValueError: if a kind is unknown, repeated or out of order.
+  """
+  if not features or tuple(kind for kind in FEATURES if kind in features) != features:
+    raise ValueError(f"features={features}: expected some of {FEATURES}, in that order")
+  sizes = {"potentials": slices, "query": dim, "cumulants": 2}
+  return sum(sizes[kind] for kind in features)
+
+
+def dual_features(
+  query: Float[Array, "*batch heads n dim"],
+  key: Float[Array, "*batch heads m dim"],
+  directions: Float[Array, "heads slices dim"],
+  features: tuple[str, ...] = FEATURES,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Float[Array, "*batch heads n features"]:
+  """Features of each query, centred over the valid queries, zero at the others.
+
+  Works under jit, vmap and grad, through the sort and in the directions too.
+
+  Args:
+    query: `[..., heads, n, dim]`, scaled such that the logits are `query key^T`.
+    key: `[..., heads, m, dim]`.
+    directions: slices per head, normalised here.
+    features: kinds of features (module docstring).
+    query_weights: `None`, mask or masses, `[..., heads or 1, n]`.
+    key_weights: likewise, `[..., heads or 1, m]`.
+
+  Returns:
+    Features, float32 or better.
+
+  Raises:
+    ValueError: if weights do not fit or `features` is not understood.
+  """
+  blocks = _blocks(query, key, directions, features, query_weights, key_weights)
+  return jnp.concatenate(blocks, axis=-1)
+
+
+def predict_dual(
+  dual_map: DualMap,
+  query: Float[Array, "*batch heads n dim"],
+  key: Float[Array, "*batch heads m dim"],
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Float[Array, "*batch heads n"]:
+  """f_hat, the predicted query-side dual, centred over the valid queries.
+
+  Works under jit, vmap and grad, in all array leaves of `dual_map`; arguments and
+  errors as in `dual_features`, and a ValueError if the weights of `dual_map` do not
+  have one column per feature.
+  """
+  expected = feature_count(dual_map.features, *dual_map.directions.shape[-2:])
+  if dual_map.weights.shape[-1] != expected:
+    raise ValueError(
+      f"dual_map.weights has shape {dual_map.weights.shape}: expected {expected} "
+      f"features for {dual_map.features} with directions {dual_map.directions.shape}"
+    )
+  blocks = _blocks(
+    query, key, dual_map.directions, dual_map.features, query_weights, key_weights
+  )
+  f, start = 0.0, 0
+  for block in blocks:
+    stop = start + block.shape[-1]
+    f = f + jnp.einsum(
+      "...hnp,hp->...hn",
+      block,
+      dual_map.weights[:, start:stop],
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    start = stop
+  return f
+
+
+def _blocks(
+  query: Array,
+  key: Array,
+  directions: Array,
+  features: tuple[str, ...],
+  query_weights: Weights,
+  key_weights: Weights,
+) -> list[Array]:
+  feature_count(features, *directions.shape[-2:])
+  check_weights("query_weights", query_weights, query.shape[-2])
+  check_weights("key_weights", key_weights, key.shape[-2])
+  dtype = jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
+  query = zero_invalid(query.astype(dtype), query_weights, axis=-2)
+  key = zero_invalid(key.astype(dtype), key_weights, axis=-2)
+  blocks = []
+  if "potentials" in features:
+    sliced, _ = sliced_potentials(
+      query, key, normalise(directions.astype(dtype)), query_weights, key_weights
+    )
+    blocks.append(jnp.swapaxes(sliced.phi, -1, -2))
+  if "query" in features:
+    blocks.append(query)
+  if "cumulants" in features:
+    blocks.append(_cumulants(query, key, key_weights))
+  return [centre(block, query_weights, axis=-2) for block in blocks]
+
+
+def _cumulants(query: Array, key: Array, key_weights: Weights) -> Array:
+  high = jax.lax.Precision.HIGHEST
+  first = jnp.sum(query * mean(key, key_weights, axis=-2), axis=-1)
+  centred = centre(key, key_weights, axis=-2)
+  weighted = centred * masses(key_weights, key.shape[-2])[..., None]
+  covariance = jnp.einsum("...md,...me->...de", weighted, centred, precision=high)
+  moved = jnp.einsum("...nd,...de->...ne", query, covariance, precision=high)
+  second = jnp.sum(moved * query, axis=-1)
+  return jnp.stack([first, second], axis=-1)

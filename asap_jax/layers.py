@@ -1,0 +1,97 @@
+"""Flax NNX modules: a Sinkhorn layer to train, and the operator that replaces it."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from asap_jax.attention import asap_attention, sinkhorn_attention
+from asap_jax.dual_map import DualMap
+
+
+class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
+  """`nnx.MultiHeadAttention` whose attention is doubly stochastic.
+
+  Takes every argument of `nnx.MultiHeadAttention` but `attention_fn`, and is called
+  like it. For padding pass `mask=nnx.make_attention_mask(valid, valid)`.
+
+  Args:
+    num_heads: number of heads.
+    in_features: features of the input.
+    iterations: full Sinkhorn iterations.
+    epsilon: entropic regularisation; logits are divided by it.
+    decode: autoregressive decoding; only `False` is possible here.
+    **kwargs: for `nnx.MultiHeadAttention`; `rngs` is needed.
+
+  Raises:
+    ValueError: if `decode` is true or `iterations` is below one.
+  """
+
+  def __init__(
+    self,
+    num_heads: int,
+    in_features: int,
+    *args: Any,
+    iterations: int = 20,
+    epsilon: float = 1.0,
+    decode: bool = False,
+    **kwargs: Any,
+  ):
+    if iterations < 1:
+      raise ValueError(f"iterations={iterations}: expected at least one")
+    if decode:
+      raise ValueError(
+        "decode=True: one-token decoding has no doubly stochastic form; expected False"
+      )
+    attention_fn = functools.partial(
+      sinkhorn_attention, iterations=iterations, epsilon=epsilon
+    )
+    super().__init__(
+      num_heads,
+      in_features,
+      *args,
+      attention_fn=attention_fn,
+      decode=decode,
+      **kwargs,
+    )
+
+
+class DualParam(nnx.Param):
+  """A parameter of a dual map: an `nnx.Param` that a filter can tell from the rest."""
+
+
+class AsapAttention(nnx.Module):
+  """A compiled attention operator with its dual map: an `attention_fn` for Flax NNX.
+
+  It is called with the signature of `asap_jax.attention.asap_attention`, and its
+  parameters train with the model's, or alone under the filter `DualParam`.
+
+  Args:
+    dual_map: calibrated parameters.
+    options: further arguments bound to the attention function, such as `scale` and
+      `epsilon`; hashable values.
+  """
+
+  def __init__(self, dual_map: DualMap, options: dict[str, Any] | None = None):
+    self.directions = DualParam(dual_map.directions)
+    self.weights = DualParam(dual_map.weights)
+    self.features = dual_map.features
+    self.options = tuple(sorted((options or {}).items()))
+
+  @property
+  def dual_map(self) -> DualMap:
+    """The parameters as they stand."""
+    return DualMap(self.directions[...], self.weights[...], self.features)
+
+  def __call__(
+    self,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *args: Any,
+    **kwargs: Any,
+  ) -> jax.Array:
+    """`asap_attention` with this dual map; see there for arguments and errors."""
+    options = dict(self.options) | kwargs
+    return asap_attention(query, key, value, *args, dual_map=self.dual_map, **options)

@@ -1,0 +1,105 @@
+"""Fidelity to a teacher's plan, double stochasticity, rank and attention sinks.
+
+Functions return one value per row, column or sequence; `masked_mean` pools them. All of
+them work under jit, vmap and grad. Padding is zero in a plan (see `c_transform.plan`).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+_TINY = 1e-30
+
+
+def masked_mean(
+  values: Float[Array, "..."], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, ""]:
+  """Mean over all values, or over those where `mask` (broadcast) holds."""
+  if mask is None:
+    return values.mean()
+  mask = jnp.broadcast_to(mask, values.shape)
+  return jnp.where(mask, values, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def total_variation(
+  plan: Float[Array, "*batch n m"], reference: Float[Array, "*batch n m"]
+) -> Float[Array, "*batch n"]:
+  """Total variation distance of each row, 0 to 1: half the l1 distance."""
+  return 0.5 * jnp.abs(plan - reference).sum(-1)
+
+
+def kl_divergence(
+  plan: Float[Array, "*batch n m"], reference: Float[Array, "*batch n m"]
+) -> Float[Array, "*batch n"]:
+  """KL(reference || plan) of each row, in nats."""
+  log_ratio = jnp.log(reference + _TINY) - jnp.log(plan + _TINY)
+  return (reference * log_ratio).sum(-1)
+
+
+def row_error(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch n"]:
+  """|row sum - 1| of each row."""
+  return jnp.abs(plan.sum(-1) - 1.0)
+
+
+def column_error(
+  plan: Float[Array, "*batch n m"],
+  query_mask: Bool[Array, "..."] | None = None,
+  key_mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch m"]:
+  """|column sum / (n_valid / m_valid) - 1| of each column.
+
+  Args:
+    plan: attention weights `[..., n, m]`.
+    query_mask: valid queries `[..., n]`, all by default.
+    key_mask: valid keys `[..., m]`, all by default; error is zero at the others.
+  """
+  n, m = plan.shape[-2:]
+  rows = n if query_mask is None else query_mask.sum(-1, keepdims=True)
+  columns = m if key_mask is None else key_mask.sum(-1, keepdims=True)
+  target = rows / jnp.maximum(columns, 1)
+  error = jnp.abs(plan.sum(-2) / jnp.maximum(target, _TINY) - 1.0)
+  return error if key_mask is None else jnp.where(key_mask, error, 0.0)
+
+
+def row_entropy(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch n"]:
+  """Entropy of each row, in nats: 0 for a permutation, log m for a uniform row."""
+  safe = jnp.where(plan > 0, plan, 1.0)
+  return -(plan * jnp.log(safe)).sum(-1)
+
+
+def attention_sink_share(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch"]:
+  """Share of all attention that the most attended key receives, 1/m to 1.
+
+  A doubly stochastic plan has 1/m_valid; an attention sink takes much more (Xiao et
+  al., 2024, "Efficient Streaming Language Models with Attention Sinks").
+  """
+  columns = plan.sum(-2)
+  return columns.max(-1) / jnp.maximum(columns.sum(-1), _TINY)
+
+
+def rank_residual(
+  tokens: Float[Array, "*batch n dim"], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, "*batch"]:
+  """How far tokens are from being all alike: |X - 1 mean(X)^T| / |X|, 0 to about 1.
+
+  The norm is sqrt(|.|_1 |.|_inf) (Dong et al., 2021, "Attention is not all you need:
+  pure attention loses rank doubly exponentially with depth", section 2.1), the mean
+  that of the valid tokens. Give it each layer's output to follow rank through depth.
+
+  Args:
+    tokens: hidden states `[..., n, dim]`.
+    mask: valid tokens `[..., n]`, all by default.
+  """
+  if mask is None:
+    mask = jnp.ones(tokens.shape[:-1], bool)
+  keep = mask[..., None]
+  tokens = jnp.where(keep, tokens.astype(jnp.float32), 0.0)
+  count = jnp.maximum(keep.sum(-2, keepdims=True), 1)
+  residual = jnp.where(keep, tokens - tokens.sum(-2, keepdims=True) / count, 0.0)
+  return _composite_norm(residual) / jnp.maximum(_composite_norm(tokens), _TINY)
+
+
+def _composite_norm(matrix: Array) -> Array:
+  magnitude = jnp.abs(matrix)
+  # The square root of zero has no gradient: a floor far below any float32 data.
+  product = magnitude.sum(-2).max(-1) * magnitude.sum(-1).max(-1)
+  return jnp.sqrt(jnp.maximum(product, _TINY))

@@ -1,0 +1,82 @@
+"""Point weights: what `None`, a boolean mask and float weights mean everywhere.
+
+Functions of this package take `weights [..., n]` per side, one of
+
+- `None`: n points of equal mass;
+- boolean: a mask; the valid points share the mass equally, the others have none;
+- float: non-negative masses up to a factor; zero means that the point is absent.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+Weights = Float[Array, "..."] | Bool[Array, "..."] | None
+
+
+def check_weights(name: str, weights: Weights, size: int) -> None:
+  """Raises ValueError unless `weights` is `None`, boolean or float `[..., size]`."""
+  if weights is None:
+    return
+  if weights.dtype != jnp.bool_ and not jnp.issubdtype(weights.dtype, jnp.floating):
+    raise ValueError(f"{name} has dtype {weights.dtype}: expected boolean or float")
+  if weights.ndim == 0 or weights.shape[-1] != size:
+    raise ValueError(f"{name} has shape {weights.shape}: expected [..., {size}]")
+
+
+def valid(weights: Weights) -> Bool[Array, "..."] | None:
+  """The points that carry mass, `[..., n]`; `None` if all do."""
+  if weights is None or weights.dtype == jnp.bool_:
+    return weights
+  return weights > 0
+
+
+def valid_pairs(
+  query_weights: Weights, key_weights: Weights
+) -> Bool[Array, "... #n #m"] | None:
+  """Where both the query and the key carry mass, `[..., n, m]`; `None` if all do."""
+  rows, columns = valid(query_weights), valid(key_weights)
+  rows = None if rows is None else rows[..., :, None]
+  columns = None if columns is None else columns[..., None, :]
+  if rows is None or columns is None:
+    return columns if rows is None else rows
+  return rows & columns
+
+
+def masses(weights: Weights, size: int) -> Float[Array, "... n"]:
+  """Masses `[..., size]` that sum to one (to zero where no point is valid)."""
+  if weights is None:
+    return jnp.full((size,), 1.0 / size, jnp.float32)
+  weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  total = weights.sum(-1, keepdims=True)
+  return weights / jnp.where(total > 0, total, 1.0)
+
+
+def zero_invalid(
+  values: Shaped[Array, "..."], weights: Weights, axis: int = -1
+) -> Shaped[Array, "..."]:
+  """`values` with exact zeros, and zero gradients, where no mass lies along `axis`."""
+  mask = valid(weights)
+  if mask is None:
+    return values
+  for _ in range(-1 - axis):
+    mask = mask[..., None]
+  return jnp.where(mask, values, jnp.zeros((), values.dtype))
+
+
+def mean(
+  values: Float[Array, "..."], weights: Weights, axis: int = -1
+) -> Float[Array, "..."]:
+  """Weighted mean of `values` along `axis` (negative), which is kept with size one."""
+  if weights is None:
+    return values.mean(axis, keepdims=True)
+  mass = masses(weights, values.shape[axis])
+  for _ in range(-1 - axis):
+    mass = mass[..., None]
+  return jnp.sum(zero_invalid(values, weights, axis) * mass, axis, keepdims=True)
+
+
+def centre(
+  values: Float[Array, "..."], weights: Weights, axis: int = -1
+) -> Float[Array, "..."]:
+  """`values` less their weighted mean along `axis`; zero where no mass lies."""
+  return zero_invalid(values - mean(values, weights, axis), weights, axis)

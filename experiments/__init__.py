@@ -1,0 +1,1 @@
+"""Experiments: each module runs as `python -m experiments.<name> --out DIR`."""

@@ -1,0 +1,44 @@
+"""Data sets as arrays."""
+
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+class Split(NamedTuple):
+  """Inputs `[examples, ...]` and integer labels `[examples]`."""
+
+  inputs: np.ndarray
+  labels: np.ndarray
+
+
+class Dataset(NamedTuple):
+  """A data set for classification."""
+
+  train: Split
+  test: Split
+  classes: int
+
+
+def digits(seed: int) -> Dataset:
+  """scikit-learn's 8 x 8 digits as sequences of 64 pixels in [0, 1].
+
+  A fifth of its 1,797 images, drawn by `seed` with equal shares of the classes, is the
+  test set.
+  """
+  images, labels = load_digits(return_X_y=True)
+  images = (images / 16.0).astype(np.float32)
+  parts = train_test_split(
+    images, labels.astype(np.int32), test_size=0.2, random_state=seed, stratify=labels
+  )
+  train_inputs, test_inputs, train_labels, test_labels = parts
+  return Dataset(Split(train_inputs, train_labels), Split(test_inputs, test_labels), 10)
+
+
+def batches_of(inputs: np.ndarray, size: int) -> list[np.ndarray]:
+  """Inputs in order, in batches of one size; what does not fill a batch is left out."""
+  return [
+    inputs[start : start + size] for start in range(0, len(inputs) - size + 1, size)
+  ]

@@ -1,0 +1,168 @@
+"""Train a small Sinkhorn Transformer on digits, compile it, and count gain and loss.
+
+python -m experiments.quickstart --out DIR [--seed N]
+"""
+
+import argparse
+import functools
+import pathlib
+import time
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+
+import asap_jax
+from asap_jax.fidelity import Operator, operator_of, plan_of
+from asap_jax.plotting import plot_column_sums, plot_plan
+from asap_jax.surgery import find_sinkhorn, recorder
+from experiments import replacements
+from experiments.data import batches_of, digits
+from experiments.models import Encoder, EncoderConfig
+from experiments.results import print_rows, write_results
+from experiments.train import TrainConfig, accuracy, predict, train_classifier
+
+ITERATIONS, CUTS, SLICES = 20, (1, 2, 3, 5), 8
+MODEL = EncoderConfig(length=64, token_size=1, classes=10)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--out", type=pathlib.Path, required=True, help="new directory")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--steps", type=int, default=1200, help="training steps")
+  args = parser.parse_args()
+  if args.out.exists() and any(args.out.iterdir()):
+    parser.error(f"--out {args.out} is not empty: name a new directory")
+  run(args.out, args.seed, args.steps)
+
+
+def run(out: pathlib.Path, seed: int, steps: int) -> list[dict]:
+  """The whole experiment; returns the rows that it writes to `out/results.json`."""
+  started, seconds = time.perf_counter(), {}
+  data = digits(seed)
+  data = data._replace(
+    train=data.train._replace(inputs=data.train.inputs[..., None]),
+    test=data.test._replace(inputs=data.test.inputs[..., None]),
+  )
+  sinkhorn = functools.partial(asap_jax.sinkhorn_attention, iterations=ITERATIONS)
+  trained = {}
+  for name, function in (
+    ("softmax", asap_jax.softmax_attention),
+    ("sinkhorn", sinkhorn),
+  ):
+    model = Encoder(MODEL, function, nnx.Rngs(seed))
+    train_classifier(model, data.train, TrainConfig(steps), seed, f"Training {name}")
+    trained[name] = model
+  teacher = trained["sinkhorn"]
+  seconds["train"] = time.perf_counter() - started
+
+  mark = time.perf_counter()
+  batches = batches_of(data.train.inputs, 64)
+  compiled, report = asap_jax.compile(teacher, batches, SLICES, seed=seed)
+  ridge, _ = asap_jax.compile(
+    teacher, batches, SLICES, directions="gaussian", features=("potentials",), seed=seed
+  )
+  print(report)
+  asap_jax.save(out / "compiled", compiled)
+  blank = nnx.eval_shape(lambda: Encoder(MODEL, sinkhorn, nnx.Rngs(0)))
+  restored = asap_jax.load(out / "compiled", blank)
+  seconds["compile"] = time.perf_counter() - mark
+
+  mark = time.perf_counter()
+  identical = all(
+    np.array_equal(predict(restored, batch), predict(compiled, batch))
+    for batch in batches_of(data.test.inputs, 120)
+  )
+  if not identical:
+    raise RuntimeError("the restored model's outputs differ from the compiled model's")
+  models = {
+    **trained,
+    "softmax_swap": replacements.softmax_swap(teacher),
+    **{f"sinkhorn@{k}": replacements.cut_sinkhorn(teacher, k) for k in CUTS},
+    "ridge": ridge,
+    "asap": restored,
+  }
+  rows = _measure(models, data.test)
+  rows["asap"]["restored_identical"] = identical
+  draw_plans(teacher, restored, data.test.inputs[:120], out / "plans.png")
+  seconds["evaluate"] = time.perf_counter() - mark
+  seconds["total"] = time.perf_counter() - started
+
+  cuts = [f"sinkhorn@{k}" for k in CUTS]
+  order = ("softmax", "softmax_swap", "sinkhorn", *cuts, "ridge", "asap")
+  rows = replacements.ordered(rows, order)
+  config = {"seed": seed, "steps": steps, "iterations": ITERATIONS, "slices": SLICES}
+  path = write_results(out, "quickstart", config, rows, seconds)
+  print_rows(rows, f"digits, {len(data.test.labels)} test images")
+  print(f"Restored model: outputs identical. Wrote {path} and {out / 'plans.png'}")
+  print("Seconds:", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+  return rows
+
+
+def _measure(models, test) -> dict[str, dict]:
+  call = lambda model, batch: model(batch)  # noqa: E731
+  batches = batches_of(test.inputs, 120)
+  compared = {name: model for name, model in models.items() if name != "softmax"}
+  fidelity = replacements.plan_fidelity(models["sinkhorn"], compared, batches, call)
+  times = replacements.forward_milliseconds(models, batches[0], call)
+  return {
+    name: {
+      "accuracy": accuracy(model, test),
+      **fidelity.get(name, {}),
+      **({"slices": SLICES} if name in ("ridge", "asap") else {}),
+      "milliseconds": times[name],
+      "n_test": len(test.labels),
+    }
+    for name, model in models.items()
+  }
+
+
+def draw_plans(teacher, compiled, inputs: jax.Array, path: pathlib.Path) -> None:
+  """Plans of teacher, compiled layer and one Sinkhorn iteration, with column sums.
+
+  Shown is the head, of all layers, whose plan one iteration misses most, on the input
+  where it does so.
+  """
+  sites = find_sinkhorn(teacher)
+  record = recorder(teacher, sites, lambda model, batch: model(batch))
+  modules = {tuple(path): module for path, module in nnx.iter_modules(compiled)}
+  worst = None
+  for site, (activation,) in zip(sites, record(inputs), strict=True):
+    operators = {
+      f"Sinkhorn, {site.iterations} iterations\n(teacher)": Operator(
+        "sinkhorn", site.iterations
+      ),
+      "compiled: no iteration\n(ASAP)": operator_of(
+        getattr(modules[site.path], site.attribute)
+      ),
+      "Sinkhorn cut to\n1 iteration": Operator("sinkhorn", 1),
+    }
+    plans = [np.asarray(plan_of(activation, op)) for op in operators.values()]
+    distance = np.abs(plans[2] - plans[0]).sum((-2, -1))
+    where = np.unravel_index(distance.argmax(), distance.shape)
+    if worst is None or distance[where] > worst[0]:
+      worst = distance[where], list(operators), [plan[where] for plan in plans]
+  _, titles, plans = worst
+  figure, axes = plt.subplots(
+    2,
+    3,
+    figsize=(9, 4.6),
+    height_ratios=(3, 1),
+    sharey="row",
+    layout="constrained",
+  )
+  maximum = np.quantile(plans[0], 0.995)
+  for column, (title, shown) in enumerate(zip(titles, plans, strict=True)):
+    plot_plan(shown, axes[0, column], title, maximum=maximum)
+    plot_column_sums(shown, axes[1, column])
+  for axis in axes[:, 1:].flat:
+    axis.set_ylabel("")
+  axes[1, 0].set_ylabel("received")
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,98 @@
+"""Putting other attention operators into a frozen teacher, and measuring each."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from asap_jax.attention import sinkhorn_attention, softmax_attention
+from asap_jax.fidelity import fidelity_sums, operator_of
+from asap_jax.surgery import find_sinkhorn, recorder, replace_sites
+
+Call = Callable[[nnx.Module, Any], jax.Array]
+
+
+def softmax_swap(teacher: nnx.Module) -> nnx.Module:
+  """The teacher with softmax in the place of every Sinkhorn attention."""
+  return _swap(teacher, softmax_attention)
+
+
+def cut_sinkhorn(teacher: nnx.Module, iterations: int) -> nnx.Module:
+  """The teacher with its Sinkhorn attentions stopped after some full iterations."""
+  return _swap(teacher, functools.partial(sinkhorn_attention, iterations=iterations))
+
+
+def _swap(teacher: nnx.Module, function: Callable[..., jax.Array]) -> nnx.Module:
+  sites = find_sinkhorn(teacher)
+  functions = [functools.partial(function, **site.options) for site in sites]
+  return replace_sites(teacher, sites, functions)
+
+
+def plan_fidelity(
+  teacher: nnx.Module,
+  replaced: Mapping[str, nnx.Module],
+  batches: Iterable[Any],
+  call: Call,
+) -> dict[str, dict[str, float]]:
+  """TV, KL and column error of every replacement's plans on the teacher's activations.
+
+  Means over rows (columns), heads and layers, as all methods are given the queries and
+  keys of the untouched teacher.
+  """
+  sites = find_sinkhorn(teacher)
+  record = recorder(teacher, sites, call)
+  operators = {
+    name: [operator_of(_held(model, site)) for site in sites]
+    for name, model in replaced.items()
+  }
+  sums = {name: [None] * len(sites) for name in replaced}
+  for batch in batches:
+    for index, (site, calls) in enumerate(zip(sites, record(batch), strict=True)):
+      for activation in calls:
+        for name, of_sites in operators.items():
+          new = fidelity_sums(activation, of_sites[index], site.iterations)
+          old = sums[name][index]
+          sums[name][index] = new if old is None else old + new
+  return {
+    name: {
+      "tv": float(np.mean([s.tv / s.rows for s in layers])),
+      "kl": float(np.mean([s.kl / s.rows for s in layers])),
+      "column_error": float(np.mean([s.column_error / s.columns for s in layers])),
+    }
+    for name, layers in sums.items()
+  }
+
+
+def _held(model: nnx.Module, site: Any) -> Callable[..., jax.Array]:
+  modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
+  return getattr(modules[site.path], site.attribute)
+
+
+def forward_milliseconds(
+  models: Mapping[str, nnx.Module], batch: Any, call: Call, repeats: int = 15
+) -> dict[str, float]:
+  """Median times of a forward pass of each model; compiled, warm, in turn."""
+  runs = {name: _forward(model, call) for name, model in models.items()}
+  times: dict[str, list[float]] = {name: [] for name in models}
+  for repeat in range(repeats + 1):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run(batch))
+      if repeat:  # the first one compiles
+        times[name].append(1e3 * (time.perf_counter() - start))
+  return {name: float(np.median(taken)) for name, taken in times.items()}
+
+
+def _forward(model: nnx.Module, call: Call) -> Callable[[Any], jax.Array]:
+  graph, state = nnx.split(model)
+  run = jax.jit(lambda state, batch: call(nnx.merge(graph, state), batch))
+  return functools.partial(run, state)
+
+
+def ordered(rows: Mapping[str, dict[str, Any]], order: Sequence[str]) -> list[dict]:
+  """Rows of results.json in a given order of methods."""
+  return [{"method": name, **rows[name]} for name in order]

@@ -1,0 +1,78 @@
+"""results.json: one format for every experiment, written whole or not at all."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+
+def environment() -> dict[str, Any]:
+  """What the figures were measured with."""
+  device = jax.devices()[0]
+  commit = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"],
+    cwd=pathlib.Path(__file__).parent,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return {
+    "jax": jax.__version__,
+    "device": device.platform,
+    "device_kind": device.device_kind,
+    "cpu_count": os.cpu_count(),
+    "python": platform.python_version(),
+    "commit": commit.stdout.strip() or None,
+  }
+
+
+def write_results(
+  out: pathlib.Path,
+  experiment: str,
+  config: Mapping[str, Any],
+  rows: Sequence[Mapping[str, Any]],
+  seconds: Mapping[str, float],
+) -> pathlib.Path:
+  """Writes `out/results.json` atomically and returns its path."""
+  content = {
+    "experiment": experiment,
+    "config": dict(config),
+    "environment": environment(),
+    "rows": list(rows),
+    "seconds": dict(seconds),
+  }
+  out.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile("w", dir=out, suffix=".tmp", delete=False) as file:
+    json.dump(content, file, indent=1)
+  path = out / "results.json"
+  os.replace(file.name, path)
+  return path
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+  """Prints rows as a table, a column for everything that any of them measured."""
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  table = Table(title=title)
+  for name in names:
+    table.add_column(
+      name, justify="left" if name == "method" else "right", no_wrap=True
+    )
+  for row in rows:
+    table.add_row(*(_format(row.get(name)) for name in names))
+  console = Console()
+  # A pipe has no width of its own, and the default cuts columns off.
+  console.print(table, width=None if console.is_terminal else 120)
+
+
+def _format(value: Any) -> str:
+  if value is None:
+    return ""
+  return f"{value:.4f}" if isinstance(value, float) else str(value)
