@@ -11,7 +11,6 @@ from asap_jax.attention import asap_attention, sinkhorn_attention, softmax_atten
 from asap_jax.c_transform import (
   Duals,
   apply_plan,
-  c_transform,
   closure,
   closures,
   plan,
@@ -37,7 +36,6 @@ __all__ = [
   "SinkhornMultiHeadAttention",
   "apply_plan",
   "asap_attention",
-  "c_transform",
   "closure",
   "closures",
   "compile",

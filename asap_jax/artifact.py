@@ -54,7 +54,8 @@ def save(
       "attribute": attribute,
       "features": list(held.features),
       "directions": list(held.directions.shape),
-      "options": dict(held.options),
+      "dtypes": [held.directions.dtype.name, held.weights.dtype.name],
+      "options": _describe_options(dict(held.options)),
     }
     for where, module in nnx.iter_modules(model)
     for attribute, held in vars(module).items()
@@ -62,7 +63,8 @@ def save(
   ]
   if not sites:
     raise ValueError("model holds no compiled attention: expected asap_jax.compile's")
-  arrays = _flat_state(nnx.state(model))
+  state = nnx.state(model, nnx.Not(nnx.Intermediate))
+  arrays = _flat_state(state)
   path.parent.mkdir(parents=True, exist_ok=True)
   aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
   try:
@@ -74,9 +76,10 @@ def save(
       "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
       "sites": sites,
       "arrays": {name: _describe(array) for name, array in arrays.items()},
-      "keys": _key_kinds(nnx.state(model)),
+      "keys": _key_kinds(state),
       "files": _digests(aside),
     }
+    manifest["digest"] = _digest(manifest)
     (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     if path.exists():
       old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -114,9 +117,15 @@ def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
       f"model has Sinkhorn attention at {sorted(map(str, found))}: the saved model has "
       f"it at {sorted(map(str, saved))}"
     )
-  compiled = replace_sites(
-    model, list(found.values()), [_blank_attention(saved[where]) for where in found]
-  )
+  for where, site in found.items():
+    bound, before = _describe_options(site.options), saved[where]["options"]
+    if bound != before:
+      raise ValueError(
+        f"model binds {bound} to the attention {site.name}: saved was {before}"
+      )
+  blanks = [_blank_attention(saved[where], found[where].options) for where in found]
+  compiled = replace_sites(model, list(found.values()), blanks)
+  nnx.pop(compiled, nnx.Intermediate)
   graph, state = nnx.split(compiled)
   expected = {name: _describe(array) for name, array in _flat_state(state).items()}
   _check_same_arrays(expected, manifest["arrays"])
@@ -193,12 +202,15 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
   try:
     manifest = json.loads((path / _MANIFEST).read_text())
     written, files = manifest["format"], manifest["files"]
+    intact = manifest.pop("digest") == _digest(manifest)
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"path={path}: {_MANIFEST} is truncated or altered") from error
   if written != FORMAT:
     raise ValueError(
       f"path={path} has format {written}: this version of asap_jax reads {FORMAT}"
     )
+  if not intact:
+    raise ValueError(f"path={path}: {_MANIFEST} is truncated or altered")
   present = _digests(path)
   broken = [name for name, digest in files.items() if present.get(name) != digest]
   if broken:
@@ -206,14 +218,25 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
   return manifest
 
 
-def _blank_attention(saved: dict[str, Any]) -> AsapAttention:
-  heads, slices, dim = saved["directions"]
+def _blank_attention(saved: dict[str, Any], options: dict[str, Any]) -> AsapAttention:
+  *stack, heads, slices, dim = saved["directions"]
   features = tuple(saved["features"])
   columns = feature_count(features, slices, dim)
+  dtypes = saved["dtypes"]
   dual_map = DualMap(
-    jnp.zeros((heads, slices, dim)), jnp.zeros((heads, columns)), features
+    jnp.zeros((*stack, heads, slices, dim), dtypes[0]),
+    jnp.zeros((*stack, heads, columns), dtypes[1]),
+    features,
   )
-  return AsapAttention(dual_map, saved["options"])
+  return AsapAttention(dual_map, options)
+
+
+def _describe_options(options: dict[str, Any]) -> dict[str, str]:
+  return {name: repr(value) for name, value in sorted(options.items())}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_same_arrays(

@@ -164,10 +164,11 @@ def _split_mask(mask: Array, n: int, m: int) -> tuple[Array, Array, Array | None
     raise ValueError(
       f"mask has shape {mask.shape}: expected [batch..., heads or 1, {n}, {m}]"
     )
-  if mask.shape[-2] == 1 and n == m > 1:
+  if 1 in mask.shape[-2:] and n == m > 1:
     raise ValueError(
-      f"mask has shape {mask.shape}, which says nothing about queries: padding queries "
-      "must be excluded too, so pass nnx.make_attention_mask(query_valid, key_valid)"
+      f"mask has shape {mask.shape}, which speaks of one side alone: padding must be "
+      "excluded from queries and keys, so pass nnx.make_attention_mask(query_valid, "
+      "key_valid)"
     )
   mask = mask != 0
   queries, keys = mask.any(-1), mask.any(-2)

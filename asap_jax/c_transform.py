@@ -71,20 +71,18 @@ def c_transform(
   n, m = logits.shape[-2:]
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   if to == "key":
-    summed, source = -2, query_weights
+    summed, target = -2, key_weights
     marginal = _column_sums(query_weights, key_weights, n, m)
-    target = key_weights
     scores = logits + dual[..., :, None]
   elif to == "query":
-    summed, source = -1, key_weights
-    marginal, target = _row_sums(query_weights, n), query_weights
+    summed, target = -1, query_weights
+    marginal = _row_sums(query_weights, n)
     scores = logits + dual[..., None, :]
   else:
     raise ValueError(f"to={to!r}: expected 'query' or 'key'")
-  present = valid(source)
-  if present is not None:
-    present = jnp.expand_dims(present, -3 - summed)
-    scores = jnp.where(present, scores, _LOG_ZERO)
+  pairs = valid_pairs(query_weights, key_weights)
+  if pairs is not None:
+    scores = jnp.where(pairs, scores, _LOG_ZERO)
   log_marginal = jnp.log(jnp.where(marginal > 0, marginal, 1.0))
   return zero_invalid(log_marginal - jax.nn.logsumexp(scores, axis=summed), target)
 

@@ -102,16 +102,13 @@ def compile(
   if first is None:
     raise ValueError("batches is empty: expected at least two batches")
   record = recorder(model, sites, call)
-  head_shapes = [
-    _head_shape(site, calls)
-    for site, calls in zip(sites, jax.eval_shape(record, first), strict=True)
-  ]
+  layers, head_shapes = _layers(sites, _shapes_seen(record, first))
 
   def activations(held_out: bool, description: str) -> Stream:
     for index, batch in enumerate(track(batches, description, disable=not progress)):
       if (index % _HOLD_OUT_EVERY == _HOLD_OUT_FIRST) == held_out:
-        calls = record(batch)
-        _check_masks(sites, calls)
+        calls = _unstack(record(batch))
+        _check_calls(layers, calls)
         yield calls
 
   if directions == "principal":
@@ -119,20 +116,33 @@ def compile(
     drawn = _principal_directions(activations(False, "Drawing directions"), slices)
   else:
     drawn = _random_directions(head_shapes, slices, directions, seed)
-  fitted = _fit(sites, activations(False, "Calibrating"), drawn, features, ridge)
-  layers = _measure(sites, activations(True, "Measuring"), fitted)
-  replacements = [
-    AsapAttention(layer.dual_map, site.options)
-    for site, layer in zip(sites, fitted, strict=True)
-  ]
+  fitted = _fit(layers, activations(False, "Calibrating"), drawn, features, ridge)
   report = Report(
-    layers=layers,
+    layers=_measure(layers, activations(True, "Measuring"), fitted),
     slices=slices,
     batches=fitted[0].batches,
     tokens=fitted[0].tokens,
     seconds=time.perf_counter() - start,
   )
+  replacements = [
+    AsapAttention(_restack(layers, fitted, site), site.options) for site in sites
+  ]
   return Compiled(replace_sites(model, sites, replacements), report)
+
+
+class _Layer(NamedTuple):
+  """A site, or one of the layers that `nnx.scan` runs through it."""
+
+  site: Site
+  index: int | None
+
+  @property
+  def name(self) -> str:
+    return self.site.name + ("" if self.index is None else f"[{self.index}]")
+
+  @property
+  def iterations(self) -> int:
+    return self.site.iterations
 
 
 class _FittedLayer(NamedTuple):
@@ -142,25 +152,87 @@ class _FittedLayer(NamedTuple):
   seconds: float
 
 
-def _head_shape(site: Site, calls: tuple[Activation, ...]) -> tuple[int, int]:
-  """Heads and head dimension that a site is called with."""
-  if not calls:
+def _shapes_seen(record: Callable[[Any], Calls], batch: Any) -> Calls:
+  try:
+    return jax.eval_shape(record, batch)
+  except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
     raise ValueError(
-      f"{site.name}: the model holds this attention but did not call it on a "
-      "calibration batch; pass call=, or batches that reach it"
-    )
-  return calls[0].query.shape[1], calls[0].query.shape[-1]
+      "the model could not be run with its Sinkhorn attention under observation: "
+      f"{error}. If it runs without (try call(model, batch)), the attention sits in a "
+      "transformation that shares it, such as nnx.vmap with its axis None; nnx.jit, "
+      "nnx.remat and nnx.scan over stacked layers can be compiled"
+    ) from error
 
 
-def _check_masks(sites: list[Site], calls: Calls) -> None:
-  for site, of_site in zip(sites, calls, strict=True):
-    for activation in of_site:
+def _layers(
+  sites: list[Site], seen: Calls
+) -> tuple[list[_Layer], list[tuple[int, int]]]:
+  """The layers behind the sites, with the heads and head dimension of each."""
+  layers, shapes = [], []
+  for site, calls in zip(sites, seen, strict=True):
+    if not calls:
+      raise ValueError(
+        f"{site.name}: no call of this attention was seen on a calibration batch; pass "
+        "call=, or batches that reach it; a model that splits and merges its modules "
+        "inside a JAX transformation hides the calls"
+      )
+    *stack, _, heads, _, dim = calls[0].query.shape
+    if len(stack) > 1:
+      raise ValueError(
+        f"{site.name}: stacked in {len(stack)} nested scans: expected one at most"
+      )
+    indices = range(stack[0]) if stack else [None]
+    layers += [_Layer(site, index) for index in indices]
+    shapes += [(heads, dim)] * len(indices)
+  return layers, shapes
+
+
+def _unstack(calls: Calls) -> Calls:
+  """Calls of each layer; `nnx.scan` stacks those of its layers on a leading axis."""
+  unstacked = []
+  for of_site in calls:
+    if of_site[0].query.ndim == 4:
+      unstacked.append(of_site)
+      continue
+    unstacked += [
+      tuple(jax.tree.map(lambda leaf: leaf[index], call) for call in of_site)  # noqa: B023
+      for index in range(len(of_site[0].query))
+    ]
+  return unstacked
+
+
+def _restack(layers: list[_Layer], fitted: list["_FittedLayer"], site: Site) -> DualMap:
+  maps = [
+    of_layer.dual_map
+    for layer, of_layer in zip(layers, fitted, strict=True)
+    if layer.site is site
+  ]
+  stacked = any(layer.site is site and layer.index is not None for layer in layers)
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps) if stacked else maps[0]
+
+
+def _check_calls(layers: list[_Layer], calls: Calls) -> None:
+  for layer, of_layer in zip(layers, calls, strict=True):
+    for activation in of_layer:
+      if not _is_finite(activation):
+        raise ValueError(
+          f"{layer.name}: queries, keys or bias are not finite on a calibration batch: "
+          "the teacher overflows there"
+        )
       if activation.is_product is not None and not activation.is_product:
         raise ValueError(
-          f"{site.name}: its mask is not the outer product of valid queries and valid "
+          f"{layer.name}: its mask is not the outer product of valid queries and valid "
           "keys, so its plan is not doubly stochastic; expected "
           "nnx.make_attention_mask(query_valid, key_valid)"
         )
+
+
+@jax.jit
+def _is_finite(activation: Activation) -> jax.Array:
+  parts = (activation.query, activation.key, activation.bias)
+  return jnp.array(
+    [jnp.isfinite(part).all() for part in parts if part is not None]
+  ).all()
 
 
 def _check_principal(head_shapes: list[tuple[int, int]], slices: int) -> None:
@@ -235,7 +307,7 @@ def _regression(
 
 
 def _fit(
-  sites: list[Site],
+  layers: list[_Layer],
   stream: Stream,
   directions: list[jax.Array],
   features: tuple[str, ...],
@@ -245,48 +317,50 @@ def _fit(
   for drawn in directions:
     heads, slices, dim = drawn.shape
     sums.append(empty_statistics(heads, feature_count(features, slices, dim)))
-  seconds = [0.0] * len(sites)
+  seconds = [0.0] * len(layers)
   batches = 0
   for calls in stream:
     batches += 1
-    for index, (site, of_site) in enumerate(zip(sites, calls, strict=True)):
+    for index, (layer, of_layer) in enumerate(zip(layers, calls, strict=True)):
       start = time.perf_counter()
-      for activation in of_site:
+      for activation in of_layer:
         columns, target = _regression(
-          activation, directions[index], site.iterations, features
+          activation, directions[index], layer.iterations, features
         )
         try:
           sums[index] = add_batch(sums[index], columns, target, activation.query_mask)
         except ValueError as error:
-          raise ValueError(f"{site.name}: {error}") from error
+          raise ValueError(f"{layer.name}: {error}") from error
       seconds[index] += time.perf_counter() - start
   fitted = []
-  for site, of_site, drawn, spent in zip(sites, sums, directions, seconds, strict=True):
+  for layer, of_layer, drawn, spent in zip(
+    layers, sums, directions, seconds, strict=True
+  ):
     try:
-      fit = solve_ridge(of_site, ridge)
+      fit = solve_ridge(of_layer, ridge)
     except ValueError as error:
-      raise ValueError(f"{site.name}: {error}") from error
+      raise ValueError(f"{layer.name}: {error}") from error
     dual_map = DualMap(drawn, jnp.asarray(fit.weights), features)
-    fitted.append(_FittedLayer(dual_map, batches, int(of_site.count[0]), spent))
+    fitted.append(_FittedLayer(dual_map, batches, int(of_layer.count[0]), spent))
   return fitted
 
 
 def _measure(
-  sites: list[Site], stream: Stream, fitted: list[_FittedLayer]
+  layers: list[_Layer], stream: Stream, fitted: list[_FittedLayer]
 ) -> tuple[LayerReport, ...]:
-  sums: list[FidelitySums | None] = [None] * len(sites)
-  seconds = [layer.seconds for layer in fitted]
-  milliseconds: list[list[float]] = [[] for _ in sites]
+  sums: list[FidelitySums | None] = [None] * len(layers)
+  seconds = [fit.seconds for fit in fitted]
+  milliseconds: list[list[float]] = [[] for _ in layers]
   for calls in stream:
-    for index, (site, of_site) in enumerate(zip(sites, calls, strict=True)):
+    for index, (layer, of_layer) in enumerate(zip(layers, calls, strict=True)):
       start = time.perf_counter()
       operator = Operator("asap", dual_map=fitted[index].dual_map)
-      for activation in of_site:
-        new = fidelity_sums(activation, operator, site.iterations)
+      for activation in of_layer:
+        new = fidelity_sums(activation, operator, layer.iterations)
         sums[index] = new if sums[index] is None else sums[index] + new
       if not milliseconds[index]:
-        teacher = Operator("sinkhorn", site.iterations)
-        milliseconds[index] = operator_milliseconds(of_site[0], (teacher, operator))
+        teacher = Operator("sinkhorn", layer.iterations)
+        milliseconds[index] = operator_milliseconds(of_layer[0], (teacher, operator))
       seconds[index] += time.perf_counter() - start
   if sums[0] is None:
     raise ValueError(
@@ -294,18 +368,18 @@ def _measure(
     )
   return tuple(
     LayerReport(
-      name=site.name,
-      iterations=site.iterations,
-      r2=1.0 - of_site.residual / np.where(of_site.power > 0, of_site.power, 1.0),
-      tv=of_site.tv / of_site.rows,
-      kl=of_site.kl / of_site.rows,
-      column_error=of_site.column_error / of_site.columns,
-      teacher_column_error=of_site.teacher_column_error / of_site.columns,
+      name=layer.name,
+      iterations=layer.iterations,
+      r2=1.0 - of_layer.residual / np.where(of_layer.power > 0, of_layer.power, 1.0),
+      tv=of_layer.tv / of_layer.rows,
+      kl=of_layer.kl / of_layer.rows,
+      column_error=of_layer.column_error / of_layer.columns,
+      teacher_column_error=of_layer.teacher_column_error / of_layer.columns,
       teacher_milliseconds=times[0],
       milliseconds=times[1],
       seconds=spent,
     )
-    for site, of_site, times, spent in zip(
-      sites, sums, milliseconds, seconds, strict=True
+    for layer, of_layer, times, spent in zip(
+      layers, sums, milliseconds, seconds, strict=True
     )
   )

@@ -100,6 +100,6 @@ def rank_residual(
 
 def _composite_norm(matrix: Array) -> Array:
   magnitude = jnp.abs(matrix)
-  # The square root of zero has no gradient: a floor far below any float32 data.
   product = magnitude.sum(-2).max(-1) * magnitude.sum(-1).max(-1)
-  return jnp.sqrt(jnp.maximum(product, _TINY))
+  # The square root has no gradient at zero.
+  return jnp.where(product > 0, jnp.sqrt(jnp.where(product > 0, product, 1.0)), 0.0)

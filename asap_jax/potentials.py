@@ -41,7 +41,7 @@ class Potentials(NamedTuple):
 
 class _Sorted(NamedTuple):
   values: Float[Array, "... n"]  # ascending, absent points last and zero
-  order: Int[Array, "... n"]
+  rank: Int[Array, "... n"]  # of each point, in the order of the input
   count: Int[Array, "..."] | int  # valid points
   mass: Float[Array, "... n"] | None  # cumulative, if the weights are float
 
@@ -58,8 +58,8 @@ def kantorovich_potentials(
 
   Maximises sum_i a_i phi_i + sum_j b_j psi_j subject to phi_i + psi_j <= c(x_i, y_j).
 
-  Works under jit, vmap and grad. Potentials are piecewise smooth in x and y; ties are
-  broken by the sort. They are piecewise constant in the weights: that gradient is zero.
+  Works under jit, vmap and grad. Potentials are piecewise smooth in x and y, and equal
+  where points are. They are piecewise constant in the weights: that gradient is zero.
 
   Args:
     x: points `[..., n]`, in any order.
@@ -94,12 +94,14 @@ def kantorovich_potentials(
   transport = _quantile(ys, xs, n, halfway=True)
 
   phi, psi, transport = (
-    _restore(phi, xs.order),
-    _restore(psi, ys.order),
-    _restore(transport, xs.order),
+    _restore(phi, xs.rank),
+    _restore(psi, ys.rank),
+    _restore(transport, xs.rank),
   )
   if cost == "squared":
-    phi, psi = phi + x**2 / 2, psi + y**2 / 2
+    # Absent points may hold anything: zeroed before the square, for the gradient.
+    phi = phi + zero_invalid(x, x_weights) ** 2 / 2
+    psi = psi + zero_invalid(y, y_weights) ** 2 / 2
   return Potentials(
     zero_invalid(phi, x_weights),
     zero_invalid(psi, y_weights),
@@ -160,23 +162,62 @@ def _sort(x: Array, weights: Weights, exact: bool) -> _Sorted:
   n = x.shape[-1]
   mask = valid(weights)
   if mask is None:
-    keys, count = x, n
+    points, count = x, n
   else:
     mask = jnp.broadcast_to(mask, x.shape)
-    keys, count = jnp.where(mask, x, jnp.inf), mask.sum(-1, keepdims=True)
-  order = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-  values, order = jax.lax.sort_key_val(keys, order)
+    points, count = jnp.where(mask, x, jnp.inf), mask.sum(-1, keepdims=True)
+  ascending = _ascending(points)
+  # Equal points share the first of their places: potentials are equal there too.
+  rank = _search(_integer_keys(ascending), _integer_keys(points))
+  values = ascending
   if mask is not None:
     values = jnp.where(jnp.arange(n) < count, values, 0.0)
   if exact:
-    return _Sorted(values, order, count, None)
+    return _Sorted(values, rank, count, None)
   mass = jnp.broadcast_to(masses(weights, n), x.shape)
-  mass = jnp.cumsum(jnp.take_along_axis(mass, order, axis=-1), axis=-1)
-  return _Sorted(values, order, count, mass)
+  mass = jnp.take_along_axis(mass, jnp.argsort(points, axis=-1), axis=-1)
+  return _Sorted(values, rank, count, jnp.cumsum(mass, axis=-1))
+
+
+@jax.custom_jvp
+def _ascending(x: Array) -> Array:
+  """`x` sorted along its last axis.
+
+  Floats sort as integers here: XLA's comparison of floats, and carrying an index along,
+  cost a CPU several times the sort. The index is needed for the derivative alone.
+  """
+  keys = jax.lax.sort(_integer_keys(x), is_stable=False)
+  return jax.lax.bitcast_convert_type(_flip_negative(keys), x.dtype)
+
+
+@_ascending.defjvp
+def _ascending_jvp(primals: tuple[Array], tangents: tuple[Array]):
+  order = jnp.argsort(primals[0], axis=-1)
+  return tuple(jnp.take_along_axis(x[0], order, axis=-1) for x in (primals, tangents))
+
+
+def _integer_keys(x: Array) -> Array:
+  """Integers in the order of the floats `x`; equal floats give equal integers."""
+  x = jax.lax.stop_gradient(x) + 0.0  # no negative zero
+  return _flip_negative(
+    jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+  )
+
+
+def _flip_negative(bits: Array) -> Array:
+  return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & jnp.iinfo(bits.dtype).max)
+
+
+_search = jnp.vectorize(jnp.searchsorted, signature="(m),(n)->(n)")
 
 
 def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
   """Q_y after each of the n points of x, or half-way through its mass: `[..., n]`."""
+  whole = isinstance(xs.count, int) and isinstance(ys.count, int) and ys.mass is None
+  if whole and xs.count == ys.count:
+    # Sorted points match one to one: no gather, which is slow on every device.
+    above = jnp.concatenate([ys.values[..., 1:], ys.values[..., -1:]], axis=-1)
+    return ys.values if halfway else (ys.values + above) / 2
   if ys.mass is None:  # equal masses: compare i / n with j / m in whole numbers
     rank = jnp.arange(n, dtype=jnp.uint32)
     count_x, count_y = (jnp.asarray(s.count, jnp.uint32) for s in (xs, ys))
@@ -191,9 +232,8 @@ def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
     level = xs.mass
     if halfway:
       level = level - jnp.diff(level, axis=-1, prepend=0.0) / 2
-    search = jnp.vectorize(jnp.searchsorted, signature="(m),(n)->(n)")
-    below = search(ys.mass, level - _MASS_TOLERANCE)
-    above = search(ys.mass, level + _MASS_TOLERANCE)
+    below = _search(ys.mass, level - _MASS_TOLERANCE)
+    above = _search(ys.mass, level + _MASS_TOLERANCE)
   last = jnp.maximum(jnp.asarray(ys.count), 1) - 1
   below, above = (
     jnp.minimum(index.astype(jnp.int32), last.astype(jnp.int32))
@@ -214,8 +254,6 @@ def _integrate(xs: _Sorted, slope: Array) -> Array:
   return jnp.concatenate([jnp.zeros_like(slope[..., :1]), -falls], axis=-1)
 
 
-def _restore(values: Array, order: Array) -> Array:
+def _restore(values: Array, rank: Array) -> Array:
   """Undoes the sort."""
-  return jnp.put_along_axis(
-    jnp.zeros_like(values), order, values, axis=-1, inplace=False
-  )
+  return jnp.take_along_axis(values, rank, axis=-1)

@@ -82,7 +82,11 @@ def sinkhorn_duals(
 def _iterate(
   iterations: int, logits: Array, a: Array, b: Array, start: Array
 ) -> tuple[Array, Array]:
-  """OTT's duals of masses a `[..., n]` and b `[..., m]`, in OTT's convention."""
+  """OTT's duals of masses a `[..., n]` and b `[..., m]`, in OTT's convention.
+
+  The gradient is not OTT's: implicit gradients are NaN at zero weights and assume
+  convergence, and unrolled ones (OTT 0.6) are wrong over several blocks of iterations.
+  """
   # Blocks of one iteration: OTT's default of ten would round other counts.
   solver = ott_sinkhorn.Sinkhorn(
     inner_iterations=1,

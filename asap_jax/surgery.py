@@ -83,7 +83,8 @@ class _Recorder(nnx.Module):
     names = ("query", "key", "value", "bias", "dtype", "precision", "scale", "epsilon")
     inputs = prepare(*(given[name] for name in names))
     inputs = restrict(inputs, given["mask"], given["is_causal"])
-    self.sow(_Calls, "calls", _flatten_batch(inputs))
+    earlier = self.calls.get_value() if hasattr(self, "calls") else ()
+    self.calls = _Calls((*earlier, _flatten_batch(inputs)))
     return self.function(*args, **kwargs)
 
 

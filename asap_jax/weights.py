@@ -45,7 +45,7 @@ def valid_pairs(
 def masses(weights: Weights, size: int) -> Float[Array, "... n"]:
   """Masses `[..., size]` that sum to one (to zero where no point is valid)."""
   if weights is None:
-    return jnp.full((size,), 1.0 / size, jnp.float32)
+    return jnp.full((size,), 1.0 / max(size, 1), jnp.float32)
   weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
   total = weights.sum(-1, keepdims=True)
   return weights / jnp.where(total > 0, total, 1.0)

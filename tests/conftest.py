@@ -1,0 +1,43 @@
+"""Checks every annotation of the package at run time, in all tests."""
+
+import os
+import warnings
+
+import hypothesis
+import jaxtyping
+import pytest
+from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
+from jaxtyping import install_import_hook
+
+# Most of a test's time is XLA compiling what runs once: let it optimise less.
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+
+with warnings.catch_warnings():
+  # OTT-JAX imports JAXopt, which announces its own end.
+  warnings.simplefilter("ignore", DeprecationWarning)
+  import ott  # noqa: F401
+
+with (
+  install_import_hook("asap_jax", "beartype.beartype"),
+  warnings.catch_warnings(),
+):
+  # Flax's types are spelt in the old way.
+  warnings.simplefilter("ignore", BeartypeDecorHintPep585DeprecationWarning)
+  import asap_jax  # noqa: F401
+
+# The first example of a shape compiles, so that a deadline would be meaningless.
+hypothesis.settings.register_profile(
+  "asap", deadline=None, derandomize=True, max_examples=20
+)
+hypothesis.settings.load_profile("asap")
+
+
+@pytest.fixture
+def unchecked():
+  """Annotations off, to see what a caller without a type checker sees."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,62 @@
+"""What experiments share, and the quickstart from end to end on a few steps."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import quickstart
+from experiments.data import batches_of, digits
+from experiments.results import write_results
+
+
+def test_digits_are_split_by_seed_without_overlap():
+  first, again, other = digits(0), digits(0), digits(1)
+  assert first.train.inputs.shape == (1437, 64)
+  assert first.test.inputs.shape == (360, 64)
+  np.testing.assert_array_equal(first.test.inputs, again.test.inputs)
+  assert not np.array_equal(first.test.inputs, other.test.inputs)
+  assert set(first.train.labels) == set(range(10))
+  assert 0.0 <= first.train.inputs.min() < first.train.inputs.max() == 1.0
+
+
+def test_batches_are_whole():
+  batches = batches_of(np.arange(10), 4)
+  np.testing.assert_array_equal(batches, [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+def test_results_are_replaced_whole(tmp_path):
+  for value in (1.0, 2.0):
+    rows = [{"method": "asap", "tv": value}]
+    path = write_results(tmp_path, "test", {"seed": 0}, rows, {"total": 1.0})
+  assert json.loads(path.read_text())["rows"] == rows
+  assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_quickstart_runs_from_end_to_end(tmp_path, monkeypatch):
+  def few_digits(seed):
+    data = digits(seed)
+    parts = [type(part)(*(array[:256] for array in part)) for part in data[:2]]
+    return type(data)(*parts, data.classes)
+
+  monkeypatch.setattr(quickstart, "digits", few_digits)
+  out = tmp_path / "out"
+  quickstart.run(out, seed=0, steps=3)
+  results = json.loads((out / "results.json").read_text())
+  rows = {row["method"]: row for row in results["rows"]}
+  assert list(rows) == [
+    "softmax",
+    "softmax_swap",
+    "sinkhorn",
+    "sinkhorn@1",
+    "sinkhorn@2",
+    "sinkhorn@3",
+    "sinkhorn@5",
+    "ridge",
+    "asap",
+  ]
+  assert rows["sinkhorn"]["tv"] == pytest.approx(0.0, abs=1e-5)
+  assert rows["asap"]["tv"] < rows["sinkhorn@1"]["tv"] < rows["softmax_swap"]["tv"]
+  assert rows["asap"]["restored_identical"] is True
+  assert (out / "plans.png").stat().st_size > 10_000
+  assert (out / "compiled" / "manifest.json").is_file()
