@@ -25,8 +25,8 @@ class LayerReport:
     teacher_milliseconds: one attention call of the teacher, from queries, keys and
       values to outputs, on a held-out batch; compiled by XLA, warm, median.
     milliseconds: the same of the compiled operator.
-    seconds: spent on calibrating and evaluating this layer, compilation by XLA and the
-      teacher's forward passes apart from it.
+    seconds: spent on this layer, apart from the teacher's forward passes, which all
+      layers share.
   """
 
   name: str

@@ -67,9 +67,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     )
   for row in rows:
     table.add_row(*(_format(row.get(name)) for name in names))
+  # A pipe has no width of its own, and the default would cut columns off.
   console = Console()
-  # A pipe has no width of its own, and the default cuts columns off.
-  console.print(table, width=None if console.is_terminal else 120)
+  (console if console.is_terminal else Console(width=120)).print(table)
 
 
 def _format(value: Any) -> str:

@@ -254,6 +254,6 @@ def test_intermediates_are_not_saved(tmp_path):
   model = compiled()
   expected = model(X)
   model.blocks[0].attention.sown = nnx.Intermediate((jnp.ones(3),))
-  asap_jax.save(tmp_path / "model", model)
-  loaded = asap_jax.load(tmp_path / "model", models.toy(1))
+  save(tmp_path / "model", model)
+  loaded = load(tmp_path / "model", models.toy(1))
   np.testing.assert_array_equal(loaded(X), expected)
