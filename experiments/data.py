@@ -37,6 +37,15 @@ def digits(seed: int) -> Dataset:
   return Dataset(Split(train_inputs, train_labels), Split(test_inputs, test_labels), 10)
 
 
+def shift_digits(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Digits `[batch, 64, ...]` moved by up to one pixel each way, padded with zeros."""
+  images = inputs.reshape(len(inputs), 8, 8)
+  padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
+  down, right = rng.integers(3, size=(2, len(inputs)))
+  windows = np.lib.stride_tricks.sliding_window_view(padded, (8, 8), axis=(1, 2))
+  return windows[np.arange(len(inputs)), down, right].reshape(inputs.shape)
+
+
 def batches_of(inputs: np.ndarray, size: int) -> list[np.ndarray]:
   """Inputs in order, in batches of one size; what does not fill a batch is left out."""
   return [

@@ -18,7 +18,7 @@ from asap_jax.fidelity import Operator, operator_of, plan_of
 from asap_jax.plotting import plot_column_sums, plot_plan
 from asap_jax.surgery import find_sinkhorn, recorder
 from experiments import replacements
-from experiments.data import batches_of, digits
+from experiments.data import batches_of, digits, shift_digits
 from experiments.models import Encoder, EncoderConfig
 from experiments.results import print_rows, write_results
 from experiments.train import TrainConfig, accuracy, predict, train_classifier
@@ -31,7 +31,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=pathlib.Path, required=True, help="new directory")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--steps", type=int, default=1200, help="training steps")
+  parser.add_argument("--steps", type=int, default=1500, help="training steps")
   args = parser.parse_args()
   if args.out.exists() and any(args.out.iterdir()):
     parser.error(f"--out {args.out} is not empty: name a new directory")
@@ -53,7 +53,8 @@ def run(out: pathlib.Path, seed: int, steps: int) -> list[dict]:
     ("sinkhorn", sinkhorn),
   ):
     model = Encoder(MODEL, function, nnx.Rngs(seed))
-    train_classifier(model, data.train, TrainConfig(steps), seed, f"Training {name}")
+    label = f"Training {name}"
+    train_classifier(model, data.train, TrainConfig(steps), seed, label, shift_digits)
     trained[name] = model
   teacher = trained["sinkhorn"]
   seconds["train"] = time.perf_counter() - started

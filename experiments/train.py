@@ -1,6 +1,7 @@
 """Training and evaluating classifiers."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,16 @@ class TrainConfig:
 
 
 def train_classifier(
-  model: nnx.Module, split: Split, config: TrainConfig, seed: int, label: str
+  model: nnx.Module,
+  split: Split,
+  config: TrainConfig,
+  seed: int,
+  label: str,
+  augment: Callable[[np.ndarray, np.random.Generator], np.ndarray],
 ) -> None:
   """Trains `model` in place on shuffled epochs of `split`, with a progress bar.
+
+  `augment` changes the inputs of a batch at random.
 
   Raises:
     FloatingPointError: if the loss is not finite at the end.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import quickstart
-from experiments.data import batches_of, digits
+from experiments.data import batches_of, digits, shift_digits
 from experiments.results import write_results
 
 
@@ -18,6 +18,18 @@ def test_digits_are_split_by_seed_without_overlap():
   assert not np.array_equal(first.test.inputs, other.test.inputs)
   assert set(first.train.labels) == set(range(10))
   assert 0.0 <= first.train.inputs.min() < first.train.inputs.max() == 1.0
+
+
+def test_shifted_digits_are_moved_by_a_pixel_at_most():
+  image = np.zeros((1, 8, 8), np.float32)
+  image[0, 3, 4] = 1.0
+  rng = np.random.default_rng(0)
+  places = set()
+  for _ in range(100):
+    moved = shift_digits(image.reshape(1, 64, 1), rng).reshape(8, 8)
+    assert moved.sum() == 1.0
+    places.add(tuple(map(int, np.argwhere(moved)[0])))
+  assert places == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
 
 
 def test_batches_are_whole():
