@@ -103,6 +103,12 @@ def find_sinkhorn(model: nnx.Module) -> list[Site]:
   return sorted(sites, key=lambda site: [(isinstance(p, str), p) for p in site.path])
 
 
+def held_at(model: nnx.Module, site: Site) -> Callable[..., jax.Array]:
+  """What a model, compiled or not, holds at a site of its teacher."""
+  modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
+  return getattr(modules[site.path], site.attribute)
+
+
 def replace_sites(
   model: nnx.Module,
   sites: Sequence[Site],
@@ -136,8 +142,7 @@ def recorder(
   def record(state, batch):
     running = nnx.merge(graph, state)
     call(running, batch)
-    modules = {tuple(path): module for path, module in nnx.iter_modules(running)}
-    listeners = [getattr(modules[site.path], site.attribute) for site in sites]
+    listeners = [held_at(running, site) for site in sites]
     return [
       listener.calls.get_value() if hasattr(listener, "calls") else ()
       for listener in listeners

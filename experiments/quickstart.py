@@ -16,7 +16,7 @@ from flax import nnx
 import asap_jax
 from asap_jax.fidelity import Operator, operator_of, plan_of
 from asap_jax.plotting import plot_column_sums, plot_plan
-from asap_jax.surgery import find_sinkhorn, recorder
+from asap_jax.surgery import find_sinkhorn, held_at, recorder
 from experiments import replacements
 from experiments.data import batches_of, digits, shift_digits
 from experiments.models import Encoder, EncoderConfig
@@ -128,16 +128,13 @@ def draw_plans(teacher, compiled, inputs: jax.Array, path: pathlib.Path) -> None
   """
   sites = find_sinkhorn(teacher)
   record = recorder(teacher, sites, lambda model, batch: model(batch))
-  modules = {tuple(path): module for path, module in nnx.iter_modules(compiled)}
   worst = None
   for site, (activation,) in zip(sites, record(inputs), strict=True):
     operators = {
       f"Sinkhorn, {site.iterations} iterations\n(teacher)": Operator(
         "sinkhorn", site.iterations
       ),
-      "compiled: no iteration\n(ASAP)": operator_of(
-        getattr(modules[site.path], site.attribute)
-      ),
+      "compiled: no iteration\n(ASAP)": operator_of(held_at(compiled, site)),
       "Sinkhorn cut to\n1 iteration": Operator("sinkhorn", 1),
     }
     plans = [np.asarray(plan_of(activation, op)) for op in operators.values()]

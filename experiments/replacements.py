@@ -11,7 +11,7 @@ from flax import nnx
 
 from asap_jax.attention import sinkhorn_attention, softmax_attention
 from asap_jax.fidelity import fidelity_sums, operator_of
-from asap_jax.surgery import find_sinkhorn, recorder, replace_sites
+from asap_jax.surgery import find_sinkhorn, held_at, recorder, replace_sites
 
 Call = Callable[[nnx.Module, Any], jax.Array]
 
@@ -46,7 +46,7 @@ def plan_fidelity(
   sites = find_sinkhorn(teacher)
   record = recorder(teacher, sites, call)
   operators = {
-    name: [operator_of(_held(model, site)) for site in sites]
+    name: [operator_of(held_at(model, site)) for site in sites]
     for name, model in replaced.items()
   }
   sums = {name: [None] * len(sites) for name in replaced}
@@ -65,11 +65,6 @@ def plan_fidelity(
     }
     for name, layers in sums.items()
   }
-
-
-def _held(model: nnx.Module, site: Any) -> Callable[..., jax.Array]:
-  modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
-  return getattr(modules[site.path], site.attribute)
 
 
 def forward_milliseconds(
