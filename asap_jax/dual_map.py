@@ -7,7 +7,9 @@ its sequence, since a dual is defined up to a constant. Feature kinds, in this o
   Hyde, 2026, "ASAP", arXiv 2605.12879);
 - `query`: the query itself, beyond the paper;
 - `cumulants`: <q_i, mean k> and q_i^T Cov(k) q_i, the first two cumulants of
-  log mean_j exp(S_ij), beyond the paper.
+  log mean_j exp(S_ij), beyond the paper;
+- `transport`: along each slice where the query is sent, Q_y(u_i), and its product with
+  the projected query: free from the sort, beyond the paper, not on by default.
 
 Queries here already carry the scale of the logits: S = query key^T.
 """
@@ -22,7 +24,8 @@ from asap_jax.potentials import sliced_potentials
 from asap_jax.slices import normalise
 from asap_jax.weights import Weights, centre, check_weights, masses, mean, zero_invalid
 
-FEATURES = ("potentials", "query", "cumulants")
+KINDS = ("potentials", "query", "cumulants", "transport")
+FEATURES = KINDS[:3]
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +36,7 @@ class DualMap:
   Attributes:
     directions: slices, `[heads, slices, dim]`; normalised where they are used.
     weights: of the features, `[heads, features]`.
-    features: the kinds of features, a subset of `FEATURES` in that order (static).
+    features: the kinds of features, a subset of `KINDS` in that order (static).
   """
 
   directions: jax.Array
@@ -49,9 +52,9 @@ def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
   Raises:
     ValueError: if a kind is unknown, repeated or out of order.
   """
-  if not features or tuple(kind for kind in FEATURES if kind in features) != features:
-    raise ValueError(f"features={features}: expected some of {FEATURES}, in that order")
-  sizes = {"potentials": slices, "query": dim, "cumulants": 2}
+  if not features or tuple(kind for kind in KINDS if kind in features) != features:
+    raise ValueError(f"features={features}: expected some of {KINDS}, in that order")
+  sizes = {"potentials": slices, "query": dim, "cumulants": 2, "transport": 2 * slices}
   return sum(sizes[kind] for kind in features)
 
 
@@ -135,15 +138,19 @@ def _blocks(
   query = zero_invalid(query.astype(dtype), query_weights, axis=-2)
   key = zero_invalid(key.astype(dtype), key_weights, axis=-2)
   blocks = []
-  if "potentials" in features:
-    sliced, _ = sliced_potentials(
+  if "potentials" in features or "transport" in features:
+    sliced, projected = sliced_potentials(
       query, key, normalise(directions.astype(dtype)), query_weights, key_weights
     )
+  if "potentials" in features:
     blocks.append(jnp.swapaxes(sliced.phi, -1, -2))
   if "query" in features:
     blocks.append(query)
   if "cumulants" in features:
     blocks.append(_cumulants(query, key, key_weights))
+  if "transport" in features:
+    sent = sliced.transport, sliced.transport * projected
+    blocks.append(jnp.swapaxes(jnp.concatenate(sent, axis=-2), -1, -2))
   return [centre(block, query_weights, axis=-2) for block in blocks]
 
 

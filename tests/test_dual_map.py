@@ -200,3 +200,18 @@ def test_arguments_that_do_not_fit_are_refused():
     predict_dual(DUAL_MAP, QUERY, KEY, jnp.ones(N + 1, bool))
   with pytest.raises(ValueError, match=r"key_weights has dtype"):
     dual_features(QUERY, KEY, DIRECTIONS, FEATURES, None, jnp.ones(M, jnp.int32))
+
+
+def test_transport_is_where_sorted_points_meet():
+  key = jax.random.normal(jax.random.key(7), QUERY.shape)
+  columns = dual_features(QUERY, key, DIRECTIONS, ("transport",))
+  directions = np.asarray(DIRECTIONS)
+  directions = directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+  slices = directions.shape[1]
+  for b, h, l in np.ndindex(*QUERY.shape[:2], slices):
+    x, y = (np.asarray(points)[b, h] @ directions[h, l] for points in (QUERY, key))
+    sent = np.empty_like(x)
+    sent[np.argsort(x)] = np.sort(y)
+    for column, expected in ((l, sent), (slices + l, sent * x)):
+      found = columns[b, h, :, column]
+      np.testing.assert_allclose(found, expected - expected.mean(), atol=1e-5)
