@@ -67,8 +67,8 @@ def compile(
     model: the teacher, any NNX model that holds `sinkhorn_attention` or a partial of it
       as an attribute of some module. It is left untouched.
     batches: inputs, without labels, in at least two batches; every fifth, from the
-      second on, is held out for the report. It is read up to three times; an iterator
-      that can be read only once is stored in memory.
+      second on, is held out for the report. They are iterated over several times; an
+      iterator that can be read only once is stored in memory.
     slices: directions per head; sorting along them is what the operator costs.
     directions: how they are drawn; `"principal"` takes the leading directions of the
       calibration data, at the price of one more pass.
