@@ -111,24 +111,56 @@ def closures(
   count: int,
   query_weights: Weights = None,
   key_weights: Weights = None,
+  *,
+  relaxation: Float[Array, "..."] | None = None,
 ) -> Duals:
   """`count` closures in a row: as many Sinkhorn iterations started at f.
 
-  Raises:
-    ValueError: if `count` is below one; else as in `c_transform`.
-  """
-  if count < 1:
-    raise ValueError(f"count={count}: expected at least one closure")
+  With over-relaxation (Thibault et al., 2021, arXiv 1711.01851), the closure after the
+  t-th starts at f_t + omega_t (f - f_t), where f_t is what the t-th started at and f
+  what it gave. The last closure is plain, so rows of the plan are exact.
 
-  def step(f, _):
-    return closure(logits, f, query_weights, key_weights).f, None
+  Works under jit, vmap and grad, in `relaxation` too.
+
+  Args:
+    logits: see `c_transform`, as all arguments not listed here.
+    f: query-side dual to start at, `[..., n]`.
+    count: closures, at least one.
+    query_weights: likewise.
+    key_weights: likewise.
+    relaxation: omega, `[..., count - 1]`, broadcast against the batch axes of the
+      logits; all ones by default.
+
+  Raises:
+    ValueError: if `count` is below one or `relaxation` does not have `count - 1`
+      columns; else as in `c_transform`.
+  """
+  check_closures(count, relaxation)
+
+  def step(f, omega):
+    closed = closure(logits, f, query_weights, key_weights).f
+    return closed if omega is None else f + omega[..., None] * (closed - f), None
 
   if count > 1:
     dtype = jnp.promote_types(jnp.promote_types(logits.dtype, f.dtype), jnp.float32)
-    shape = logits.shape[:-1]
-    f = jnp.broadcast_to(f.astype(dtype), shape)
-    f, _ = jax.lax.scan(step, f, length=count - 1)
+    f = zero_invalid(f.astype(dtype), query_weights)
+    f = jnp.broadcast_to(f, logits.shape[:-1])
+    omega = (
+      None if relaxation is None else jnp.moveaxis(relaxation.astype(dtype), -1, 0)
+    )
+    f, _ = jax.lax.scan(step, f, omega, length=count - 1)
   return closure(logits, f, query_weights, key_weights)
+
+
+def check_closures(count: int, relaxation: Float[Array, "..."] | None) -> None:
+  """Raises ValueError unless `relaxation` is `None` or `[..., count - 1]`."""
+  if count < 1:
+    raise ValueError(f"count={count}: expected at least one closure")
+  if relaxation is not None and relaxation.shape[-1:] != (count - 1,):
+    raise ValueError(
+      f"relaxation has shape {relaxation.shape}: expected [..., {count - 1}], one "
+      f"factor between every two of count={count} closures"
+    )
 
 
 def plan(
