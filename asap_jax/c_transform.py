@@ -67,16 +67,16 @@ def c_transform(
   Raises:
     ValueError: if weights do not fit the logits or `to` is unknown.
   """
-  _check(logits, query_weights, key_weights)
+  check_logits(logits, query_weights, key_weights)
   n, m = logits.shape[-2:]
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   if to == "key":
     summed, target = -2, key_weights
-    marginal = _column_sums(query_weights, key_weights, n, m)
+    marginal = column_sums(query_weights, key_weights, n, m)
     scores = logits + dual[..., :, None]
   elif to == "query":
     summed, target = -1, query_weights
-    marginal = _row_sums(query_weights, n)
+    marginal = row_sums(query_weights, n)
     scores = logits + dual[..., None, :]
   else:
     raise ValueError(f"to={to!r}: expected 'query' or 'key'")
@@ -173,7 +173,7 @@ def plan(
 
   Works under jit, vmap and grad; arguments and errors as in `c_transform`.
   """
-  _check(logits, query_weights, key_weights)
+  check_logits(logits, query_weights, key_weights)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   scores = logits + duals.f[..., :, None] + duals.g[..., None, :]
   pairs = valid_pairs(query_weights, key_weights)
@@ -196,12 +196,14 @@ def apply_plan(
   return jnp.einsum("...nm,...mv->...nv", weights.astype(value.dtype), value)
 
 
-def _check(logits: Array, query_weights: Weights, key_weights: Weights) -> None:
+def check_logits(logits: Array, query_weights: Weights, key_weights: Weights) -> None:
+  """Raises ValueError unless the weights fit logits `[..., n, m]`."""
   check_weights("query_weights", query_weights, logits.shape[-2])
   check_weights("key_weights", key_weights, logits.shape[-1])
 
 
-def _row_sums(query_weights: Weights, n: int) -> Array:
+def row_sums(query_weights: Weights, n: int) -> Float[Array, "... n"]:
+  """Row sums r of the plan, `[..., n]`: n_valid times the masses of the queries."""
   if query_weights is None:
     return jnp.ones((n,), jnp.float32)
   if query_weights.dtype == jnp.bool_:
@@ -210,7 +212,10 @@ def _row_sums(query_weights: Weights, n: int) -> Array:
   return masses(query_weights, n) * count
 
 
-def _column_sums(query_weights: Weights, key_weights: Weights, n: int, m: int) -> Array:
+def column_sums(
+  query_weights: Weights, key_weights: Weights, n: int, m: int
+) -> Float[Array, "... m"]:
+  """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
   if query_weights is None:
     total = float(n)
   else:
