@@ -13,9 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.attention_inputs import Inputs, attend, prepare, restrict
-from asap_jax.c_transform import closure, plan
+from asap_jax.attention_inputs import (
+  Inputs,
+  attend,
+  attend_scaled,
+  prepare,
+  restrict,
+)
+from asap_jax.c_transform import plan
 from asap_jax.dual_map import DualMap, predict_dual
+from asap_jax.scaling import scaled_plan
 from asap_jax.sinkhorn import sinkhorn_duals
 
 
@@ -226,12 +233,15 @@ def asap_attention(
   f = predict_dual(
     dual_map, inputs.query, inputs.key, inputs.query_mask, inputs.key_mask
   )
-  duals = closure(inputs.logits, f, inputs.query_mask, inputs.key_mask)
+  dropout_rate = 0.0 if deterministic else dropout_rate
+  if module is None and dropout_rate == 0.0:
+    return attend_scaled(inputs, f)
+  masks = inputs.query_mask, inputs.key_mask
   return attend(
     inputs,
-    plan(inputs.logits, duals, inputs.query_mask, inputs.key_mask),
-    dropout_rng=None if deterministic else dropout_rng,
-    dropout_rate=0.0 if deterministic else dropout_rate,
+    scaled_plan(inputs.logits, f, 1, *masks).dense(),
+    dropout_rng=dropout_rng,
+    dropout_rate=dropout_rate,
     broadcast_dropout=broadcast_dropout,
     module=module,
   )

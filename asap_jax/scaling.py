@@ -31,6 +31,7 @@ from asap_jax.weights import Weights, valid_pairs, zero_invalid
 _LOST = 1e-7
 # Bounds scalings from above; their products with sums stay below the largest float32.
 _LARGEST = 1e30
+_LOG_LARGEST = 69.08
 # Stands for log 0, as in `c_transform`.
 _LOG_ZERO = -1e30
 
@@ -97,7 +98,9 @@ def scaled_plan(
   """The plan of `asap_jax.c_transform.closures`, with as few exponentials as is safe.
 
   From f = 0 it is Sinkhorn cut to `count` iterations. Rows are exact. Works under jit,
-  vmap and grad, whatever the logits; arguments and errors as in `closures`.
+  vmap and grad, whatever the logits. Derivatives are right to first order; for second
+  ones of several closures take `closures`, for JAX drops custom rules inside a scan
+  there. Arguments and errors as in `closures`.
   """
   check_closures(count, relaxation)
   check_logits(logits, query_weights, key_weights)
@@ -118,7 +121,9 @@ def scaled_plan(
     dual = queries.dual
     if omega is not None:
       dual = start + omega[..., None] * (dual - start)
-      scaling = zero_invalid(jnp.exp(dual - queries.absorbed), query_weights)
+      # Too large a scaling is not used, but must not overflow for the gradient's sake.
+      exponent = jnp.minimum(dual - queries.absorbed, _LOG_LARGEST + 1.0)
+      scaling = zero_invalid(jnp.exp(exponent), query_weights)
       queries = _Side(scaling, dual, queries.absorbed)
     kernel, queries, keys = to_keys(kernel, queries, keys.absorbed)
     kernel, keys, queries = to_queries(kernel, keys, queries.absorbed)
@@ -200,8 +205,9 @@ class _Half(NamedTuple):
   def _in_range(self, sums: Array, scaling: Array) -> Array:
     # What is lost is below the smallest number, or below its product with a scaling.
     lost = jnp.finfo(sums.dtype).tiny * self.logits.shape[self.axis]
-    least = lost / _LOST * jnp.maximum(scaling.max(-1, keepdims=True), 1.0)
-    inside = (sums >= least) & (sums <= _LARGEST)
+    largest = scaling.max(-1, keepdims=True)
+    least = lost / _LOST * jnp.maximum(largest, 1.0)
+    inside = (sums >= least) & (largest <= _LARGEST)
     return (inside | (self.marginal == 0)).all()
 
   def _one(self, dual: Array) -> Array:
