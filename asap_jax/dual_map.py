@@ -84,7 +84,12 @@ def dual_features(
   Raises:
     ValueError: if weights do not fit or `features` is not understood.
   """
-  blocks = _blocks(query, key, directions, features, query_weights, key_weights)
+  blocks = [
+    centre(block if last else jnp.swapaxes(block, -1, -2), query_weights, axis=-2)
+    for block, last in _blocks(
+      query, key, directions, features, query_weights, key_weights
+    )
+  ]
   return jnp.concatenate(blocks, axis=-1)
 
 
@@ -111,16 +116,17 @@ def predict_dual(
     query, key, dual_map.directions, dual_map.features, query_weights, key_weights
   )
   f, start = 0.0, 0
-  for block in blocks:
-    stop = start + block.shape[-1]
+  for block, last in blocks:
+    stop = start + block.shape[-1 if last else -2]
     f = f + jnp.einsum(
-      "...hnp,hp->...hn",
+      "...hnp,hp->...hn" if last else "...hpn,hp->...hn",
       block,
       dual_map.weights[:, start:stop],
       precision=jax.lax.Precision.HIGHEST,
     )
     start = stop
-  return f
+  # Centring is linear: once, of the sum, does for all features.
+  return centre(f, query_weights)
 
 
 def _blocks(
@@ -130,7 +136,8 @@ def _blocks(
   features: tuple[str, ...],
   query_weights: Weights,
   key_weights: Weights,
-) -> list[Array]:
+) -> list[tuple[Array, bool]]:
+  """Features before centring, and whether their axis is the last or before queries."""
   feature_count(features, *directions.shape[-2:])
   check_weights("query_weights", query_weights, query.shape[-2])
   check_weights("key_weights", key_weights, key.shape[-2])
@@ -143,23 +150,40 @@ def _blocks(
       query, key, normalise(directions.astype(dtype)), query_weights, key_weights
     )
   if "potentials" in features:
-    blocks.append(jnp.swapaxes(sliced.phi, -1, -2))
+    blocks.append((sliced.phi, False))
   if "query" in features:
-    blocks.append(query)
+    blocks.append((query, True))
   if "cumulants" in features:
-    blocks.append(_cumulants(query, key, key_weights))
+    blocks.append((_cumulants(query, key, key_weights), False))
   if "transport" in features:
     sent = sliced.transport, sliced.transport * projected
-    blocks.append(jnp.swapaxes(jnp.concatenate(sent, axis=-2), -1, -2))
-  return [centre(block, query_weights, axis=-2) for block in blocks]
+    blocks.append((jnp.concatenate(sent, axis=-2), False))
+  return blocks
 
 
 def _cumulants(query: Array, key: Array, key_weights: Weights) -> Array:
+  """Both cumulants, `[..., 2, n]`."""
   high = jax.lax.Precision.HIGHEST
-  first = jnp.sum(query * mean(key, key_weights, axis=-2), axis=-1)
+  size, dim = key.shape[-2:]
+  first = _inner(query, mean(key, key_weights, axis=-2))
   centred = centre(key, key_weights, axis=-2)
-  weighted = centred * masses(key_weights, key.shape[-2])[..., None]
-  covariance = jnp.einsum("...md,...me->...de", weighted, centred, precision=high)
-  moved = jnp.einsum("...nd,...de->...ne", query, covariance, precision=high)
-  second = jnp.sum(moved * query, axis=-1)
-  return jnp.stack([first, second], axis=-1)
+  mass = masses(key_weights, size)
+  if size <= 2 * dim:  # no more products than the covariance takes, and one pass
+    deviation = jnp.einsum("...nd,...md->...nm", query, centred, precision=high)
+    second = jnp.sum(deviation**2 * mass[..., None, :], axis=-1)
+  else:
+    weighted = centred * mass[..., None]
+    covariance = jnp.einsum("...md,...me->...de", weighted, centred, precision=high)
+    moved = jnp.einsum("...nd,...de->...ne", query, covariance, precision=high)
+    second = _inner(moved, query)
+  return jnp.stack([first, second], axis=-2)
+
+
+def _inner(a: Array, b: Array) -> Array:
+  """Inner products along the last axis, as a product that XLA does well on a CPU.
+
+  Reductions of many short rows, fused with what comes before, take it ten times longer.
+  """
+  product = jax.lax.optimization_barrier(a * b)
+  ones = jnp.ones(product.shape[-1], product.dtype)
+  return jnp.einsum("...d,d->...", product, ones, precision=jax.lax.Precision.HIGHEST)

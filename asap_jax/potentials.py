@@ -144,11 +144,12 @@ def sliced_potentials(
   check_weights("query_weights", query_weights, query.shape[-2])
   check_weights("key_weights", key_weights, key.shape[-2])
   x, y = (
-    # Default precision on a GPU is TF32: too coarse for values to be sorted.
+    # Default precision on a GPU is TF32: too coarse for values to be sorted. With
+    # directions for all of the batch, no array is transposed.
     jnp.einsum(
-      "...nd,...ld->...ln",
+      "...ld,...nd->...ln",
+      jnp.broadcast_to(directions, (*points.shape[:-2], *directions.shape[-2:])),
       points,
-      directions,
       precision=jax.lax.Precision.HIGHEST,
       preferred_element_type=jnp.promote_types(points.dtype, jnp.float32),
     )
