@@ -20,13 +20,14 @@ from asap_jax.dual_map import DualMap, dual_features, predict_dual
 from asap_jax.fused import scaled_attention
 from asap_jax.layers import AsapAttention, DualParam, SinkhornMultiHeadAttention
 from asap_jax.potentials import Potentials, kantorovich_potentials, sliced_potentials
-from asap_jax.report import LayerReport, Report
+from asap_jax.report import Alternative, LayerReport, Report
 from asap_jax.scaling import ScaledPlan, scaled_plan
 from asap_jax.sinkhorn import sinkhorn_duals, sinkhorn_source_dual
 
 __version__ = "0.1.0"
 
 __all__ = [
+  "Alternative",
   "AsapAttention",
   "Compiled",
   "DualMap",

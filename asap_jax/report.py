@@ -2,10 +2,35 @@
 
 import dataclasses
 import io
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+  """An attention operator measured on one layer's held-out activations.
+
+  Attributes:
+    label: `"asap"`, `"asap@2"` with two closures, `"sinkhorn@3"` for the teacher
+      stopped after three full iterations, and so on.
+    tv: total variation distance to the teacher's plan, mean over heads and rows.
+    milliseconds: one attention call, measured like those of `LayerReport`.
+  """
+
+  label: str
+  tv: float
+  milliseconds: float
+
+  @property
+  def cut(self) -> int | None:
+    """Iterations of a `"sinkhorn@k"`, `None` for other operators."""
+    match = re.fullmatch(r"sinkhorn@(\d+)", self.label)
+    return None if match is None else int(match[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +52,9 @@ class LayerReport:
     milliseconds: the same of the compiled operator.
     seconds: spent on this layer, apart from the teacher's forward passes, which all
       layers share.
+    alternatives: operators that were measured on this layer, in any order.
+    chosen: label of the operator that stands in the compiled model, and whose figures
+      these are; `"teacher"` where the teacher was kept.
   """
 
   name: str
@@ -39,11 +67,40 @@ class LayerReport:
   teacher_milliseconds: float
   milliseconds: float
   seconds: float
+  alternatives: tuple[Alternative, ...] = ()
+  chosen: str = "asap"
+
+  @property
+  def standing(self) -> Alternative:
+    """What was chosen, as it was measured among the alternatives if it is there."""
+    for alternative in self.alternatives:
+      if alternative.label == self.chosen:
+        return alternative
+    if self.chosen == "teacher":
+      return Alternative("teacher", 0.0, self.teacher_milliseconds)
+    return Alternative(self.chosen, float(np.mean(self.tv)), self.milliseconds)
+
+  @property
+  def better_cut(self) -> Alternative | None:
+    """The closest cut Sinkhorn that is no slower and no farther than what was chosen.
+
+    `None` if every cut that was measured is slower or farther.
+    """
+    standing = self.standing
+    better = [
+      alternative
+      for alternative in self.alternatives
+      if alternative.cut is not None
+      and alternative.label != self.chosen
+      and alternative.tv <= standing.tv
+      and alternative.milliseconds <= standing.milliseconds
+    ]
+    return min(better, key=lambda a: (a.tv, a.milliseconds), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The layers of a compiled model; prints as a table.
+  """The layers of a compiled model; prints as a table, draws as `plot`.
 
   Attributes:
     layers: one report per layer, in the model's order.
@@ -69,6 +126,9 @@ class Report:
     table.add_column("layer", no_wrap=True)
     for name in ("head", "R2", "TV", "KL", "column error", "of teacher", "ms"):
       table.add_column(name, justify="right")
+    mixed = any(layer.chosen != "asap" for layer in self.layers)
+    if mixed:
+      table.add_column("chosen", no_wrap=True)
     for layer in self.layers:
       times = f"{layer.teacher_milliseconds:.2f} -> {layer.milliseconds:.2f}"
       columns = (
@@ -79,9 +139,45 @@ class Report:
         layer.teacher_column_error,
       )
       for head, values in enumerate(zip(*columns, strict=True)):
-        first = (layer.name, times) if head == 0 else ("", "")
-        table.add_row(first[0], str(head), *(f"{v:.4f}" for v in values), first[1])
+        first = (layer.name, times, layer.chosen) if head == 0 else ("", "", "")
+        figures = (f"{value:.4f}" for value in values)
+        table.add_row(first[0], str(head), *figures, first[1], *first[2:][:mixed])
       table.add_section()
     stream = io.StringIO()
-    Console(file=stream, width=110).print(table)
+    console = Console(file=stream, width=110)
+    console.print(table)
+    for layer in self.layers:
+      if layer.better_cut is not None:
+        # Paths may hold brackets, which are markup otherwise.
+        console.print(_advice(layer), markup=False, highlight=False)
     return stream.getvalue().rstrip("\n")
+
+  def plot(self, axes: Sequence[Any] | np.ndarray | None = None) -> np.ndarray:
+    """Draws fidelity against time, a panel for every layer with alternatives.
+
+    Needs Matplotlib, which comes with the extra `experiments`.
+
+    Args:
+      axes: where to draw, as many as there are such layers; a new figure by default.
+
+    Returns:
+      The axes, `[layers]`; `.figure` of the first is the figure.
+
+    Raises:
+      ValueError: if no alternatives were measured, or `axes` are not as many.
+    """
+    from asap_jax.plotting import plot_report  # Matplotlib is optional
+
+    return plot_report(self, axes)
+
+
+def _advice(layer: LayerReport) -> str:
+  cut, standing = layer.better_cut, layer.standing
+  faster = "faster" if cut.milliseconds < standing.milliseconds else "as fast"
+  closer = "closer" if cut.tv < standing.tv else "as close"
+  count = "1 iteration" if cut.cut == 1 else f"{cut.cut} iterations"
+  return (
+    f"{layer.name}: Sinkhorn cut to {count} is {faster} and {closer} here "
+    f"(TV {cut.tv:.4f} in {cut.milliseconds:.2f} ms; {standing.label}: "
+    f"{standing.tv:.4f} in {standing.milliseconds:.2f} ms)."
+  )
