@@ -144,14 +144,19 @@ def attend(
 
 
 def attend_scaled(
-  inputs: Inputs, f: Float[Array, "*batch heads n"]
+  inputs: Inputs,
+  f: Float[Array, "*batch heads n"],
+  count: int,
+  relaxation: Float[Array, "..."] | None,
 ) -> Float[Array, "*batch n heads features"]:
-  """Applies the plan of one closure from f to the values, with mask check."""
+  """Applies the plan of `count` closures from f to the values, with mask check."""
   out = scaled_attention(
     inputs.query,
     inputs.key,
     inputs.value,
     f,
+    count,
+    relaxation=relaxation,
     query_weights=inputs.query_mask,
     key_weights=inputs.key_mask,
     bias=inputs.bias,

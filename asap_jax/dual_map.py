@@ -1,7 +1,8 @@
 """The learned dual map: from features of one sequence to the Sinkhorn query-side dual.
 
 f_hat_i = sum_p w_p feature_p(i), with every feature centred over the valid queries of
-its sequence, since a dual is defined up to a constant. Feature kinds, in this order:
+its sequence, since a dual is defined up to a constant; a small network may add to it
+(`asap_jax.network`). Feature kinds, in this order:
 
 - `potentials`: exact one-dimensional potentials along the slices (Tran, Milkert and
   Hyde, 2026, "ASAP", arXiv 2605.12879);
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from asap_jax.network import Leaf, Network, apply_network
 from asap_jax.potentials import sliced_potentials
 from asap_jax.slices import normalise
 from asap_jax.weights import Weights, centre, check_weights, masses, mean, zero_invalid
@@ -31,19 +33,29 @@ FEATURES = KINDS[:3]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DualMap:
-  """Parameters of the dual map of one attention layer: a pytree.
+  """Parameters of a compiled attention layer: a pytree.
 
   Attributes:
     directions: slices, `[heads, slices, dim]`; normalised where they are used.
     weights: of the features, `[heads, features]`.
     features: the kinds of features, a subset of `KINDS` in that order (static).
+    network: adds to the linear map; `None` leaves it linear.
+    relaxation: over-relaxation factors between closures, `[heads, closures - 1]`
+      (`asap_jax.c_transform.closures`); `None` for a single closure.
   """
 
-  directions: jax.Array
-  weights: jax.Array
+  directions: Leaf
+  weights: Leaf
   features: tuple[str, ...] = dataclasses.field(
     default=FEATURES, metadata={"static": True}
   )
+  network: Network | Leaf = None
+  relaxation: Leaf = None
+
+  @property
+  def closures(self) -> int:
+    """Two-sided closures that follow the prediction."""
+    return 1 if self.relaxation is None else 1 + self.relaxation.shape[-1]
 
 
 def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
@@ -84,13 +96,8 @@ def dual_features(
   Raises:
     ValueError: if weights do not fit or `features` is not understood.
   """
-  blocks = [
-    centre(block if last else jnp.swapaxes(block, -1, -2), query_weights, axis=-2)
-    for block, last in _blocks(
-      query, key, directions, features, query_weights, key_weights
-    )
-  ]
-  return jnp.concatenate(blocks, axis=-1)
+  blocks = _blocks(query, key, directions, features, query_weights, key_weights)
+  return _assemble(blocks, query_weights)
 
 
 def predict_dual(
@@ -126,7 +133,24 @@ def predict_dual(
     )
     start = stop
   # Centring is linear: once, of the sum, does for all features.
-  return centre(f, query_weights)
+  f = centre(f, query_weights)
+  if dual_map.network is None:
+    return f
+  features = _assemble(blocks, query_weights)
+  return f + apply_network(
+    dual_map.network, features, query, key, query_weights, key_weights
+  )
+
+
+def _assemble(blocks: list[tuple[Array, bool]], query_weights: Weights) -> Array:
+  """All blocks side by side, `[..., n, features]`, centred."""
+  return jnp.concatenate(
+    [
+      centre(block if last else jnp.swapaxes(block, -1, -2), query_weights, axis=-2)
+      for block, last in blocks
+    ],
+    axis=-1,
+  )
 
 
 def _blocks(
