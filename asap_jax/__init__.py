@@ -16,6 +16,7 @@ from asap_jax.c_transform import (
   plan,
 )
 from asap_jax.compiler import Compiled, compile
+from asap_jax.distillation import Distilled, distil
 from asap_jax.dual_map import DualMap, dual_features, predict_dual
 from asap_jax.layers import AsapAttention, DualParam, SinkhornMultiHeadAttention
 from asap_jax.potentials import Potentials, kantorovich_potentials, sliced_potentials
@@ -28,6 +29,7 @@ __all__ = [
   "Alternative",
   "AsapAttention",
   "Compiled",
+  "Distilled",
   "DualMap",
   "DualParam",
   "Duals",
@@ -40,6 +42,7 @@ __all__ = [
   "closure",
   "closures",
   "compile",
+  "distil",
   "dual_features",
   "kantorovich_potentials",
   "load",
