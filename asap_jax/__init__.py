@@ -16,6 +16,7 @@ from asap_jax.c_transform import (
   plan,
 )
 from asap_jax.compiler import Compiled, compile
+from asap_jax.distillation import Distilled, distil
 from asap_jax.dual_map import DualMap, dual_features, predict_dual
 from asap_jax.fused import scaled_attention
 from asap_jax.layers import AsapAttention, DualParam, SinkhornMultiHeadAttention
@@ -30,6 +31,7 @@ __all__ = [
   "Alternative",
   "AsapAttention",
   "Compiled",
+  "Distilled",
   "DualMap",
   "DualParam",
   "Duals",
@@ -43,6 +45,7 @@ __all__ = [
   "closure",
   "closures",
   "compile",
+  "distil",
   "dual_features",
   "kantorovich_potentials",
   "load",

@@ -17,6 +17,11 @@ Stream = Generator[Calls, None, None]
 _HOLD_OUT_EVERY, _HOLD_OUT_FIRST = 5, 1
 
 
+def is_held_out(index: int) -> bool:
+  """Whether a batch, counted from zero, is kept to measure on."""
+  return index % _HOLD_OUT_EVERY == _HOLD_OUT_FIRST
+
+
 class Layer(NamedTuple):
   """A Sinkhorn attention, or one of those that `nnx.scan` runs through one site.
 
@@ -87,7 +92,7 @@ class Observer:
     """
     batches = track(self._batches, description, disable=not self._progress)
     for index, batch in enumerate(batches):
-      if (index % _HOLD_OUT_EVERY == _HOLD_OUT_FIRST) == held_out:
+      if is_held_out(index) == held_out:
         calls = _unstack(self._record(batch))
         _check_calls(self.layers, calls)
         yield calls
