@@ -14,7 +14,7 @@ from asap_jax.attention import sinkhorn_attention
 from asap_jax.directions import DirectionKind
 from asap_jax.dual_map import KINDS, DualMap
 from asap_jax.fidelity import Operator
-from asap_jax.fitting import FitOptions, FittedLayer, fit_layers
+from asap_jax.fitting import FitOptions, fit_layers
 from asap_jax.layers import AsapAttention
 from asap_jax.measure import Measured, cuts, measure
 from asap_jax.observe import Layer, Observer
@@ -133,10 +133,15 @@ def compile(
   else:
     measured, chosen, fitted = select(teacher, options, target_tv)
   report = Report(
-    layers=tuple(map(_layer_report, teacher.layers, measured, chosen, fitted)),
+    layers=tuple(
+      _layer_report(layer, of_layer, stands, fitted[index].seconds if fitted else 0.0)
+      for index, (layer, of_layer, stands) in enumerate(
+        zip(teacher.layers, measured, chosen, strict=True)
+      )
+    ),
     slices=slices,
-    batches=fitted[0].batches,
-    tokens=fitted[0].tokens,
+    batches=fitted[0].batches if fitted else 0,
+    tokens=fitted[0].tokens if fitted else 0,
     seconds=time.perf_counter() - start,
   )
   replacements = [_function(site, teacher.layers, chosen) for site in teacher.sites]
@@ -170,7 +175,7 @@ def _function(
 
 
 def _layer_report(
-  layer: Layer, measured: list[Measured], chosen: Measured, fit: FittedLayer
+  layer: Layer, measured: list[Measured], chosen: Measured, seconds: float
 ) -> LayerReport:
   sums, teacher = chosen.sums, measured[0]
   predicted = 1.0 - sums.residual / np.where(sums.power > 0, sums.power, 1.0)
@@ -184,7 +189,7 @@ def _layer_report(
     teacher_column_error=sums.teacher_column_error / sums.columns,
     teacher_milliseconds=teacher.milliseconds,
     milliseconds=chosen.milliseconds,
-    seconds=fit.seconds,
+    seconds=seconds,
     alternatives=tuple(each.alternative for each in measured[1:]),
     chosen=chosen.label,
   )

@@ -32,6 +32,10 @@ from asap_jax.weights import zero_invalid
 _WEIGHT_DECAY = 1.0
 
 
+# Heads times queries times keys of a step, and of a look at what is held out.
+_PAIRS_OF_STEP, _PAIRS_OF_CHECK = 2**20, 2**24
+
+
 class Refined(NamedTuple):
   """Result of `Refiner`.
 
@@ -58,7 +62,7 @@ class Refiner:
     held_out: samples to judge by.
     steps: to take in all; the schedule ends with them.
     learning_rate: relative to the deviations of features and dual.
-    batch_size: sequences in a step.
+    batch_size: most sequences in a step; long ones are taken fewer at a time.
     patience: checks, of which there are twenty, without progress after which to stop.
     seed: of the order of samples.
     description: of the progress bar.
@@ -87,7 +91,11 @@ class Refiner:
         raise ValueError(f"{name} is empty: expected at least one sample")
     if steps < 1:
       raise ValueError(f"steps={steps}: expected at least one")
-    self._held_out = held_out
+    # A step is worth as much on a few long sequences as on many short ones.
+    pairs = max(map(_pairs, [*pools, *held_out]))
+    batch_size = min(batch_size, max(_PAIRS_OF_STEP // pairs, 4))
+    judged = max(_PAIRS_OF_CHECK // pairs, 16)
+    self._held_out = [_first(sample, judged) for sample in held_out]
     self._steps = steps
     self._check_every = max(1, steps // 20)
     self._patience = patience
@@ -97,8 +105,9 @@ class Refiner:
     first = next(Minibatches(pools, batch_size, np.random.default_rng(seed)))
     self._scale = parameter_scale(dual_map, first)
     self._parameters = jax.tree.map(jnp.divide, dual_map, self._scale)
+    warm_up = max(1, steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(
-      0.0, learning_rate, max(1, steps // 20), steps
+      0.0, learning_rate, warm_up, max(steps, warm_up + 1)
     )
     self._transform = optax.adamw(
       schedule, b2=0.99, weight_decay=_WEIGHT_DECAY, mask=_decayed
@@ -190,6 +199,15 @@ def _step(parameters, state, scale, sample, transform):
 
   updates, state = transform.update(jax.grad(loss)(parameters), state, parameters)
   return optax.apply_updates(parameters, updates), state
+
+
+def _pairs(sample: Sample) -> int:
+  _, heads, n, _ = sample.activation.query.shape
+  return heads * n * sample.columns.shape[-1]
+
+
+def _first(sample: Sample, count: int) -> Sample:
+  return jax.tree.map(lambda leaf: leaf[:count], sample)
 
 
 def _decayed(parameters: DualMap) -> DualMap:

@@ -145,7 +145,7 @@ class Report:
         table.add_row(first[0], str(head), *figures, first[1], *first[2:][:mixed])
       table.add_section()
     stream = io.StringIO()
-    console = Console(file=stream, width=110)
+    console = Console(file=stream, width=100)
     console.print(table)
     for layer in self.layers:
       if layer.better_cut is not None:

@@ -220,7 +220,7 @@ class _Half(NamedTuple):
   ) -> tuple[Array, _Side, _Side]:
     kernel, sums = _differentiable(self.logits, side.scaling, kernel, sums, self.axis)
     scaling = _ratio(self.marginal, jnp.where(sums == 0, 1.0, sums))
-    present = jnp.where(scaling > 0, scaling, 1.0)
+    present = jnp.where(scaling == 0, 1.0, scaling)
     dual = zero_invalid(opposite + jnp.log(present), self.target_weights)
     return kernel, side, _Side(scaling, dual, opposite)
 

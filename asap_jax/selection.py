@@ -3,10 +3,16 @@
 import warnings
 from collections.abc import Iterator
 
-from asap_jax.fidelity import Operator
+import jax
+import jax.numpy as jnp
+
+from asap_jax.dual_map import DualMap, feature_count
+from asap_jax.fidelity import Operator, operator_milliseconds
 from asap_jax.fitting import FitOptions, FittedLayer, fit_layers
 from asap_jax.measure import Measured, cuts, measure
-from asap_jax.observe import Observer
+from asap_jax.network import init_network
+from asap_jax.observe import Layer, Observer
+from asap_jax.slices import gaussian
 
 
 class Choice:
@@ -26,10 +32,10 @@ class Choice:
     good = [each for each in self.measured if max(m.tv for m in each) <= self._target]
     return min(good, key=_milliseconds, default=None)
 
-  def could_win(self, untrained: list[Measured]) -> bool:
+  def could_win(self, milliseconds: float) -> bool:
     """Whether an operator as fast as this would be chosen, if only it were close."""
     best = self.best
-    return best is None or _milliseconds(untrained) < _milliseconds(best)
+    return best is None or milliseconds < _milliseconds(best)
 
 
 def select(
@@ -38,13 +44,13 @@ def select(
   """The fastest operator of each site whose TV is at most `target_tv`.
 
   Candidates are Sinkhorn cut short, and dual maps without a sort, on a quarter of the
-  slices and on all, followed by one or two closures (or as many as `options` say). A
-  map is refined only where its time, which does not depend on its parameters, is below
-  that of the best so far.
+  slices and on all, followed by one or two closures (or as many as `options` say). The
+  time of a map does not depend on its parameters, so a map is fitted only where it
+  would be faster than the best so far.
 
   Returns:
     For each layer all that was measured, the teacher first; what was chosen; and the
-    last fit.
+    last fit, if there was one.
   """
   layers = teacher.layers
   members = [
@@ -57,30 +63,22 @@ def select(
     choice.measured = [
       list(each) for each in zip(*(of_cuts[i][1:] for i in of_site), strict=True)
     ]
-  plain = []
-  for candidate in _candidates(options):
-    fits = fit_layers(teacher, candidate._replace(refine_steps=0))
-    if candidate.refine_steps and candidate.hidden:
-      # A network takes its time whatever it holds: one step shows it.
-      fits = fit_layers(teacher, candidate._replace(refine_steps=1, progress=False))
-    timed = measure(teacher, [[_operator(fit)] for fit in fits])
-    plain.append((candidate, fits, [of_layer[1] for of_layer in timed]))
-  total = [sum(m.milliseconds for m in timed) for _, _, timed in plain]
-  for place in sorted(range(len(plain)), key=total.__getitem__):
-    candidate, fits, timed = plain[place]
+  candidates = list(_candidates(options))
+  times = _untrained_milliseconds(teacher, candidates)
+  fits: list[FittedLayer] = []
+  for place in sorted(range(len(candidates)), key=lambda place: sum(times[place])):
     open_sites = [
       site
       for site, (choice, of_site) in enumerate(zip(choices, members, strict=True))
-      if choice.could_win([timed[i] for i in of_site])
+      if choice.could_win(sum(times[place][i] for i in of_site))
     ]
+    if not open_sites:
+      continue
     wanted = {i for site in open_sites for i in members[site]}
-    measured = timed
-    if wanted and candidate.refine_steps:
-      fits = fit_layers(teacher, candidate, wanted)
-      again = measure(teacher, [[_operator(fit)] for fit in fits])
-      measured = [of_layer[1] for of_layer in again]
+    fits = fit_layers(teacher, candidates[place], wanted)
+    measured = measure(teacher, [[_operator(fit)] for fit in fits])
     for site in open_sites:
-      choices[site].measured.append([measured[i] for i in members[site]])
+      choices[site].measured.append([measured[i][1] for i in members[site]])
   chosen: list[Measured] = [of_layer[0] for of_layer in of_cuts]
   for site, choice, of_site in zip(teacher.sites, choices, members, strict=True):
     best = choice.best
@@ -111,6 +109,42 @@ def _candidates(options: FitOptions) -> Iterator[FitOptions]:
     if unsorted != options.features:
       for slices in sorted({few, options.slices}):
         yield common._replace(slices=slices)
+
+
+def _untrained_milliseconds(
+  teacher: Observer, candidates: list[FitOptions]
+) -> list[list[float]]:
+  """Times of each candidate on each layer, on one held-out batch."""
+  calls = next(teacher.activations("Timing", held_out=True), None)
+  if calls is None:
+    raise ValueError(
+      "batches holds a single batch: expected at least two, one of them to measure on"
+    )
+  times = [
+    operator_milliseconds(
+      of_layer[0],
+      [
+        Operator("asap", dual_map=_untrained(candidate, layer))
+        for candidate in candidates
+      ],
+    )
+    for layer, of_layer in zip(teacher.layers, calls, strict=True)
+  ]
+  return [list(of_candidate) for of_candidate in zip(*times, strict=True)]
+
+
+def _untrained(options: FitOptions, layer: Layer) -> DualMap:
+  heads, dim = layer.heads, layer.dim
+  columns = feature_count(options.features, options.slices, dim)
+  network = relaxation = None
+  rng = jax.random.key(0)
+  if options.hidden and options.refine_steps:
+    network = init_network(rng, heads, dim, columns, options.hidden)
+  if options.closures > 1:
+    relaxation = jnp.ones((heads, options.closures - 1))
+  directions = gaussian(rng, heads, options.slices, dim)
+  weights = jnp.zeros((heads, columns))
+  return DualMap(directions, weights, options.features, network, relaxation)
 
 
 def _operator(fit: FittedLayer) -> Operator:

@@ -16,7 +16,7 @@ from asap_jax.surgery import find_sinkhorn
 
 SLICES, DIM = 4, models.WIDTH // models.HEADS
 SIZES = range(models.HEADS)
-compile = functools.partial(asap_jax.compile, progress=False)
+compile = functools.partial(asap_jax.compile, refine=False, progress=False)
 
 
 def one_layer():

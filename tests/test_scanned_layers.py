@@ -9,6 +9,8 @@ from flax import nnx
 
 import asap_jax
 
+OPTIONS = {"slices": 4, "hidden": 4, "refine_steps": 2, "progress": False}
+
 
 class Stacked(nnx.Module):
   def __init__(self, depth, rngs):
@@ -34,7 +36,7 @@ def stacked():
 
 @pytest.fixture(scope="module")
 def compiled(stacked):
-  return asap_jax.compile(stacked, models.batches(), slices=4, progress=False)
+  return asap_jax.compile(stacked, models.batches(), **OPTIONS)
 
 
 def unstacked(stacked):
@@ -48,9 +50,7 @@ def unstacked(stacked):
 
 
 def test_every_layer_is_calibrated_as_it_would_be_alone(stacked, compiled):
-  expected = asap_jax.compile(
-    unstacked(stacked), models.batches(), slices=4, progress=False
-  )
+  expected = asap_jax.compile(unstacked(stacked), models.batches(), **OPTIONS)
   names = [layer.name for layer in compiled.report.layers]
   assert names == ["blocks.attention[0]", "blocks.attention[1]"]
   for found, wanted in zip(compiled.report.layers, expected.report.layers, strict=True):
@@ -79,4 +79,4 @@ def test_attention_shared_between_mapped_inputs_is_refused_with_a_reason():
   model = Mapped()
   assert jnp.isfinite(model(models.batches()[0])).all()
   with pytest.raises(ValueError, match="transformation that shares it"):
-    asap_jax.compile(model, models.batches(), slices=4, progress=False)
+    asap_jax.compile(model, models.batches(), **OPTIONS)
