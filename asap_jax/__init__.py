@@ -18,9 +18,11 @@ from asap_jax.c_transform import (
 from asap_jax.compiler import Compiled, compile
 from asap_jax.distillation import Distilled, distil
 from asap_jax.dual_map import DualMap, dual_features, predict_dual
+from asap_jax.fused import scaled_attention
 from asap_jax.layers import AsapAttention, DualParam, SinkhornMultiHeadAttention
 from asap_jax.potentials import Potentials, kantorovich_potentials, sliced_potentials
 from asap_jax.report import Alternative, LayerReport, Report
+from asap_jax.scaling import ScaledPlan, scaled_plan
 from asap_jax.sinkhorn import sinkhorn_duals, sinkhorn_source_dual
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
   "LayerReport",
   "Potentials",
   "Report",
+  "ScaledPlan",
   "SinkhornMultiHeadAttention",
   "apply_plan",
   "asap_attention",
@@ -49,6 +52,8 @@ __all__ = [
   "plan",
   "predict_dual",
   "save",
+  "scaled_attention",
+  "scaled_plan",
   "sinkhorn_attention",
   "sinkhorn_duals",
   "sinkhorn_source_dual",

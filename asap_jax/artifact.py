@@ -5,12 +5,14 @@ A saved model is a directory: `arrays/`, an Orbax checkpoint of every variable, 
 dtypes, and a digest of every file. Nothing in it is code: loading runs none.
 """
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +21,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from asap_jax.dual_map import DualMap, feature_count
+from asap_jax.attention import sinkhorn_attention
+from asap_jax.dual_map import DualMap
 from asap_jax.layers import AsapAttention
-from asap_jax.surgery import find_sinkhorn, replace_sites
+from asap_jax.network import Network
+from asap_jax.surgery import find_sinkhorn, implementation_of, replace_sites
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST, _ARRAYS = "manifest.json", "arrays"
 
 
@@ -48,20 +52,8 @@ def save(
       "is not a saved model" if overwrite else "pass overwrite=True to replace it"
     )
     raise FileExistsError(f"path={path} exists already: {reason}")
-  sites = [
-    {
-      "path": list(where),
-      "attribute": attribute,
-      "features": list(held.features),
-      "directions": list(held.directions.shape),
-      "dtypes": [held.directions.dtype.name, held.weights.dtype.name],
-      "options": _describe_options(dict(held.options)),
-    }
-    for where, module in nnx.iter_modules(model)
-    for attribute, held in vars(module).items()
-    if isinstance(held, AsapAttention)
-  ]
-  if not sites:
+  sites = _saved_sites(model)
+  if all(site.get("implementation") == "ott" for site in sites):
     raise ValueError("model holds no compiled attention: expected asap_jax.compile's")
   state = nnx.state(model, nnx.Not(nnx.Intermediate))
   arrays = _flat_state(state)
@@ -123,7 +115,7 @@ def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
       raise ValueError(
         f"model binds {bound} to the attention {site.name}: saved was {before}"
       )
-  blanks = [_blank_attention(saved[where], found[where].options) for where in found]
+  blanks = [_blank_function(saved[where], found[where].options) for where in found]
   compiled = replace_sites(model, list(found.values()), blanks)
   nnx.pop(compiled, nnx.Intermediate)
   graph, state = nnx.split(compiled)
@@ -218,15 +210,55 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
   return manifest
 
 
-def _blank_attention(saved: dict[str, Any], options: dict[str, Any]) -> AsapAttention:
-  *stack, heads, slices, dim = saved["directions"]
-  features = tuple(saved["features"])
-  columns = feature_count(features, slices, dim)
-  dtypes = saved["dtypes"]
+def _saved_sites(model: nnx.Module) -> list[dict[str, Any]]:
+  """What stands at every site: a dual map, or Sinkhorn where that was chosen."""
+  sites = [
+    {
+      "path": list(where),
+      "attribute": attribute,
+      "options": _describe_options(dict(held.options)),
+      "features": list(held.dual_map.features),
+      "parameters": {
+        name: _describe(leaf.get_value()) for name, leaf in held.parameters.items()
+      },
+    }
+    for where, module in nnx.iter_modules(model)
+    for attribute, held in vars(module).items()
+    if isinstance(held, AsapAttention)
+  ]
+  return sites + [
+    {
+      "path": list(site.path),
+      "attribute": site.attribute,
+      "options": _describe_options(site.options),
+      "iterations": site.iterations,
+      "implementation": implementation_of(site.function),
+    }
+    for site in find_sinkhorn(model)
+  ]
+
+
+def _blank_function(
+  saved: dict[str, Any], options: dict[str, Any]
+) -> Callable[..., jax.Array]:
+  """What stood at a saved site, with zeros for its arrays."""
+  if "parameters" not in saved:
+    chosen = {name: saved[name] for name in ("iterations", "implementation")}
+    return functools.partial(sinkhorn_attention, **chosen, **options)
+  leaves = {
+    name: jnp.zeros(shape, dtype)
+    for name, (shape, dtype) in saved["parameters"].items()
+  }
+  prefix = "network_"
+  network = {
+    name.removeprefix(prefix): leaves.pop(name)
+    for name in list(leaves)
+    if name.startswith(prefix)
+  }
   dual_map = DualMap(
-    jnp.zeros((*stack, heads, slices, dim), dtypes[0]),
-    jnp.zeros((*stack, heads, columns), dtypes[1]),
-    features,
+    features=tuple(saved["features"]),
+    network=Network(**network) if network else None,
+    **leaves,
   )
   return AsapAttention(dual_map, options)
 

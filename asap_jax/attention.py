@@ -9,13 +9,22 @@ A mask says which queries and keys are valid: for doubly stochastic attention it
 the outer product of the two (`nnx.make_attention_mask(query_valid, key_valid)`).
 """
 
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.attention_inputs import Inputs, attend, prepare, restrict
-from asap_jax.c_transform import closure, plan
+from asap_jax.attention_inputs import (
+  Inputs,
+  attend,
+  attend_scaled,
+  prepare,
+  restrict,
+)
+from asap_jax.c_transform import plan
 from asap_jax.dual_map import DualMap, predict_dual
+from asap_jax.scaling import scaled_plan
 from asap_jax.sinkhorn import sinkhorn_duals
 
 
@@ -112,6 +121,7 @@ def sinkhorn_attention(
   iterations: int = 20,
   scale: float | None = None,
   epsilon: float = 1.0,
+  implementation: Literal["ott", "scaling"] = "ott",
 ) -> Float[Array, "*batch n heads features"]:
   """Doubly stochastic attention by Sinkhorn's algorithm (Sander et al., 2022).
 
@@ -140,6 +150,9 @@ def sinkhorn_attention(
     iterations: full Sinkhorn iterations, each g from f and then f from g.
     scale: see `softmax_attention`.
     epsilon: entropic regularisation; the logits are divided by it.
+    implementation: `"ott"` is OTT-JAX's algorithm in the log domain, with an exact
+      gradient whose memory does not grow with `iterations`: for training. `"scaling"`
+      is `asap_jax.scaling`, the same plan several times faster: for inference.
 
   Returns:
     `[batch..., n, heads, features]`, zero at invalid queries. Under jit, where a mask's
@@ -147,11 +160,25 @@ def sinkhorn_attention(
 
   Raises:
     ValueError: for causal use or one-token decoding (a causal doubly stochastic matrix
-      is the identity), a mask that is no outer product, or shapes that do not fit.
+      is the identity), a mask that is no outer product, shapes that do not fit,
+      `iterations` below one or an unknown `implementation`.
   """
   _check_linen(einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
+  if implementation not in ("ott", "scaling"):
+    raise ValueError(f"implementation={implementation!r}: expected 'ott' or 'scaling'")
   inputs = prepare(query, key, value, bias, dtype, precision, scale, epsilon)
   inputs = restrict(inputs, mask, is_causal)
+  if implementation == "scaling":
+    return _attend_from(
+      inputs,
+      jnp.zeros(inputs.query.shape[:-1], inputs.query.dtype),
+      iterations,
+      None,
+      dropout_rng=dropout_rng,
+      dropout_rate=0.0 if deterministic else dropout_rate,
+      broadcast_dropout=broadcast_dropout,
+      module=module,
+    )
   duals = sinkhorn_duals(inputs.logits, iterations, inputs.query_mask, inputs.key_mask)
   return attend(
     inputs,
@@ -186,7 +213,7 @@ def asap_attention(
   scale: float | None = None,
   epsilon: float = 1.0,
 ) -> Float[Array, "*batch n heads features"]:
-  """Compiled doubly stochastic attention: a predicted dual and one closure.
+  """Compiled doubly stochastic attention: a predicted dual and its closures.
 
   (Tran, Milkert and Hyde, 2026, arXiv 2605.12879.) Rows are exact, columns as good as
   the dual map. Works under jit, vmap and grad, in the leaves of `dual_map` too.
@@ -226,14 +253,35 @@ def asap_attention(
   f = predict_dual(
     dual_map, inputs.query, inputs.key, inputs.query_mask, inputs.key_mask
   )
-  duals = closure(inputs.logits, f, inputs.query_mask, inputs.key_mask)
-  return attend(
+  return _attend_from(
     inputs,
-    plan(inputs.logits, duals, inputs.query_mask, inputs.key_mask),
-    dropout_rng=None if deterministic else dropout_rng,
+    f,
+    dual_map.closures,
+    dual_map.relaxation,
+    dropout_rng=dropout_rng,
     dropout_rate=0.0 if deterministic else dropout_rate,
     broadcast_dropout=broadcast_dropout,
     module=module,
+  )
+
+
+def _attend_from(
+  inputs: Inputs,
+  f: jax.Array,
+  count: int,
+  relaxation: jax.Array | None,
+  *,
+  dropout_rate: float,
+  module: object | None,
+  **dropout: Any,
+) -> jax.Array:
+  """Attention by `count` closures from f; forms the plan only where it is asked for."""
+  if module is None and dropout_rate == 0.0:
+    return attend_scaled(inputs, f, count, relaxation)
+  masks = inputs.query_mask, inputs.key_mask
+  scaled = scaled_plan(inputs.logits, f, count, *masks, relaxation=relaxation)
+  return attend(
+    inputs, scaled.dense(), dropout_rate=dropout_rate, module=module, **dropout
   )
 
 

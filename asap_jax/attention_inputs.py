@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from asap_jax.fused import scaled_attention
 from asap_jax.weights import zero_invalid
 
 
@@ -139,6 +140,30 @@ def attend(
     inputs.value,
     precision=inputs.precision,
   )
+  return jnp.moveaxis(out, -3, -2)
+
+
+def attend_scaled(
+  inputs: Inputs,
+  f: Float[Array, "*batch heads n"],
+  count: int,
+  relaxation: Float[Array, "..."] | None,
+) -> Float[Array, "*batch n heads features"]:
+  """Applies the plan of `count` closures from f to the values, with mask check."""
+  out = scaled_attention(
+    inputs.query,
+    inputs.key,
+    inputs.value,
+    f,
+    count,
+    relaxation=relaxation,
+    query_weights=inputs.query_mask,
+    key_weights=inputs.key_mask,
+    bias=inputs.bias,
+    precision=inputs.precision,
+  )
+  if inputs.is_product is not None:
+    out = jnp.where(inputs.is_product, out, jnp.nan)
   return jnp.moveaxis(out, -3, -2)
 
 

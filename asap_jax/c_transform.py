@@ -67,16 +67,16 @@ def c_transform(
   Raises:
     ValueError: if weights do not fit the logits or `to` is unknown.
   """
-  _check(logits, query_weights, key_weights)
+  check_logits(logits, query_weights, key_weights)
   n, m = logits.shape[-2:]
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   if to == "key":
     summed, target = -2, key_weights
-    marginal = _column_sums(query_weights, key_weights, n, m)
+    marginal = column_sums(query_weights, key_weights, n, m)
     scores = logits + dual[..., :, None]
   elif to == "query":
     summed, target = -1, query_weights
-    marginal = _row_sums(query_weights, n)
+    marginal = row_sums(query_weights, n)
     scores = logits + dual[..., None, :]
   else:
     raise ValueError(f"to={to!r}: expected 'query' or 'key'")
@@ -111,24 +111,56 @@ def closures(
   count: int,
   query_weights: Weights = None,
   key_weights: Weights = None,
+  *,
+  relaxation: Float[Array, "..."] | None = None,
 ) -> Duals:
   """`count` closures in a row: as many Sinkhorn iterations started at f.
 
-  Raises:
-    ValueError: if `count` is below one; else as in `c_transform`.
-  """
-  if count < 1:
-    raise ValueError(f"count={count}: expected at least one closure")
+  With over-relaxation (Thibault et al., 2021, arXiv 1711.01851), the closure after the
+  t-th starts at f_t + omega_t (f - f_t), where f_t is what the t-th started at and f
+  what it gave. The last closure is plain, so rows of the plan are exact.
 
-  def step(f, _):
-    return closure(logits, f, query_weights, key_weights).f, None
+  Works under jit, vmap and grad, in `relaxation` too.
+
+  Args:
+    logits: see `c_transform`, as all arguments not listed here.
+    f: query-side dual to start at, `[..., n]`.
+    count: closures, at least one.
+    query_weights: likewise.
+    key_weights: likewise.
+    relaxation: omega, `[..., count - 1]`, broadcast against the batch axes of the
+      logits; all ones by default.
+
+  Raises:
+    ValueError: if `count` is below one or `relaxation` does not have `count - 1`
+      columns; else as in `c_transform`.
+  """
+  check_closures(count, relaxation)
+
+  def step(f, omega):
+    closed = closure(logits, f, query_weights, key_weights).f
+    return closed if omega is None else f + omega[..., None] * (closed - f), None
 
   if count > 1:
     dtype = jnp.promote_types(jnp.promote_types(logits.dtype, f.dtype), jnp.float32)
-    shape = logits.shape[:-1]
-    f = jnp.broadcast_to(f.astype(dtype), shape)
-    f, _ = jax.lax.scan(step, f, length=count - 1)
+    f = zero_invalid(f.astype(dtype), query_weights)
+    f = jnp.broadcast_to(f, logits.shape[:-1])
+    omega = (
+      None if relaxation is None else jnp.moveaxis(relaxation.astype(dtype), -1, 0)
+    )
+    f, _ = jax.lax.scan(step, f, omega, length=count - 1)
   return closure(logits, f, query_weights, key_weights)
+
+
+def check_closures(count: int, relaxation: Float[Array, "..."] | None) -> None:
+  """Raises ValueError unless `relaxation` is `None` or `[..., count - 1]`."""
+  if count < 1:
+    raise ValueError(f"count={count}: expected at least one closure")
+  if relaxation is not None and relaxation.shape[-1:] != (count - 1,):
+    raise ValueError(
+      f"relaxation has shape {relaxation.shape}: expected [..., {count - 1}], one "
+      f"factor between every two of count={count} closures"
+    )
 
 
 def plan(
@@ -141,7 +173,7 @@ def plan(
 
   Works under jit, vmap and grad; arguments and errors as in `c_transform`.
   """
-  _check(logits, query_weights, key_weights)
+  check_logits(logits, query_weights, key_weights)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   scores = logits + duals.f[..., :, None] + duals.g[..., None, :]
   pairs = valid_pairs(query_weights, key_weights)
@@ -164,12 +196,14 @@ def apply_plan(
   return jnp.einsum("...nm,...mv->...nv", weights.astype(value.dtype), value)
 
 
-def _check(logits: Array, query_weights: Weights, key_weights: Weights) -> None:
+def check_logits(logits: Array, query_weights: Weights, key_weights: Weights) -> None:
+  """Raises ValueError unless the weights fit logits `[..., n, m]`."""
   check_weights("query_weights", query_weights, logits.shape[-2])
   check_weights("key_weights", key_weights, logits.shape[-1])
 
 
-def _row_sums(query_weights: Weights, n: int) -> Array:
+def row_sums(query_weights: Weights, n: int) -> Float[Array, "... n"]:
+  """Row sums r of the plan, `[..., n]`: n_valid times the masses of the queries."""
   if query_weights is None:
     return jnp.ones((n,), jnp.float32)
   if query_weights.dtype == jnp.bool_:
@@ -178,7 +212,10 @@ def _row_sums(query_weights: Weights, n: int) -> Array:
   return masses(query_weights, n) * count
 
 
-def _column_sums(query_weights: Weights, key_weights: Weights, n: int, m: int) -> Array:
+def column_sums(
+  query_weights: Weights, key_weights: Weights, n: int, m: int
+) -> Float[Array, "... m"]:
+  """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
   if query_weights is None:
     total = float(n)
   else:

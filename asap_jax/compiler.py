@@ -10,32 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from asap_jax.calibrate import RidgeStatistics, add_batch, empty_statistics, solve_ridge
-from asap_jax.directions import DirectionKind, draw_directions
-from asap_jax.dual_map import FEATURES, DualMap, dual_features, feature_count
-from asap_jax.fidelity import (
-  FidelitySums,
-  Operator,
-  fidelity_sums,
-  operator_milliseconds,
-)
+from asap_jax.attention import sinkhorn_attention
+from asap_jax.directions import DirectionKind
+from asap_jax.dual_map import KINDS, DualMap
+from asap_jax.fidelity import Operator
+from asap_jax.fitting import FitOptions, FittedLayer, fit_layers
 from asap_jax.layers import AsapAttention
+from asap_jax.measure import Measured, cuts, measure
 from asap_jax.observe import Layer, Observer
-from asap_jax.refine import Sample, refine, sample_of
 from asap_jax.report import LayerReport, Report
-from asap_jax.sinkhorn import sinkhorn_source_dual
-from asap_jax.surgery import Activation, Site, replace_sites
-from asap_jax.weights import centre
-
-# Activations that refinement keeps, of the batches fitted and of those held out.
-_SAMPLE_BYTES = 2**30
+from asap_jax.selection import select
+from asap_jax.surgery import Site, replace_sites
 
 
 class Compiled(NamedTuple):
   """Result of `compile`.
 
   Attributes:
-    model: a copy of the teacher with an `AsapAttention` at every Sinkhorn site.
+    model: a copy of the teacher with an `AsapAttention` at every Sinkhorn site (or
+      what was chosen for it by `target_tv`).
     report: its fidelity to the teacher.
   """
 
@@ -48,10 +41,14 @@ def compile(
   batches: Iterable[Any],
   slices: int = 8,
   *,
+  closures: int = 1,
   directions: DirectionKind = "principal",
-  features: tuple[str, ...] = FEATURES,
+  features: tuple[str, ...] = KINDS,
+  hidden: int = 64,
   ridge: float = 1e-6,
-  refine_steps: int = 0,
+  refine: bool = True,
+  refine_steps: int = 1000,
+  target_tv: float | None = None,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
   seed: int = 0,
   progress: bool = True,
@@ -60,27 +57,38 @@ def compile(
 
   Finds every `sinkhorn_attention`, runs the model on unlabelled batches, and fits each
   layer's dual map by ridge regression to the dual that the teacher's last iteration
-  consumed (Tran, Milkert and Hyde, 2026, arXiv 2605.12879). Host code: it does not run
-  under jit, vmap or grad; the compiled model does.
+  consumed (Tran, Milkert and Hyde, 2026, arXiv 2605.12879), then by descent on
+  KL(teacher plan || compiled plan) over all its parameters, directions included
+  (`asap_jax.refine`). Host code: it does not run under jit, vmap or grad; the compiled
+  model does.
 
   Args:
     model: the teacher, any NNX model that holds `sinkhorn_attention` or a partial of it
       as an attribute of some module. It is left untouched.
     batches: inputs, without labels, in at least two batches; every fifth, from the
-      second on, is held out for the report. They are iterated over several times; an
-      iterator that can be read only once is stored in memory.
-    slices: directions per head; sorting along them is what the operator costs.
-    directions: how they are drawn; `"principal"` takes the leading directions of the
-      calibration data, at the price of one more pass.
+      second on, is held out to stop by and for the report. They are iterated over
+      several times; an iterator that can be read only once is stored in memory.
+    slices: directions per head; sorting along them is most of what the map costs.
+    closures: two-sided closures after the prediction; between them the dual is
+      over-relaxed by a factor learned for each head.
+    directions: how they are drawn at first; `"principal"` takes the leading directions
+      of the calibration data, at the price of one more pass.
     features: kinds of features of the dual map (see `asap_jax.dual_map`).
+    hidden: units of the network that adds to the linear map (`asap_jax.network`); zero
+      keeps the map linear, as it is without refinement.
     ridge: penalty relative to each feature's variance.
-    refine_steps: steps per layer of descent on KL(teacher plan || compiled plan), over
-      weights and directions, after the ridge fit (`asap_jax.refine`). A step takes one
-      of the first batches, as many as fit into 1 GiB of recorded activations; the best
-      parameters on held-out batches are kept. Off by default: it takes seconds to
-      minutes a layer.
+    refine: whether to descend after the ridge fit. `False` is the paper's plain form
+      (with `directions="gaussian"` and `features=("potentials",)`).
+    refine_steps: steps of 32 sequences per layer; more give a closer plan. What is best
+      on held-out batches is kept, so it never ends worse there than it started.
+      Activations are kept in memory up to 1 GiB, and read in parts beyond.
+    target_tv: total variation to the teacher's plan that is close enough. If given,
+      each layer gets the operator that reaches it on held-out batches and is fastest
+      on this device: a dual map with or without sorting and with one closure or more,
+      or Sinkhorn cut short. Where none does, the teacher's attention stays and a
+      warning says so. `slices` and `closures` are then upper bounds.
     call: how a batch is given to the model.
-    seed: of random directions and of the order of refinement.
+    seed: of random directions, of networks and of the order of refinement.
     progress: whether to show progress bars.
 
   Returns:
@@ -88,176 +96,95 @@ def compile(
 
   Raises:
     ValueError: if the model holds no Sinkhorn attention or never calls one it holds,
-      if there are too few batches or tokens, or if activations are not finite.
+      if there are too few batches or tokens, if activations are not finite, or if an
+      option makes no sense.
   """
   start = time.perf_counter()
+  if target_tv is not None and not target_tv >= 0:
+    raise ValueError(f"target_tv={target_tv}: expected a number from 0 to 1, or None")
   teacher = Observer(model, batches, call, progress)
-  feature_count(features, slices, teacher.layers[0].dim)  # checks them
-  drawn = draw_directions(teacher, slices, directions, seed)
-  fitted = _fit(teacher, drawn, features, ridge)
-  if refine_steps:
-    fitted = _refine(teacher, fitted, refine_steps, seed, progress)
+  options = FitOptions(
+    slices=slices,
+    closures=closures,
+    directions=directions,
+    features=features,
+    hidden=hidden,
+    ridge=ridge,
+    refine_steps=refine_steps if refine else 0,
+    seed=seed,
+    progress=progress,
+  )
+  options.check(teacher.layers[0].dim)
+  if refine and refine_steps < 1:
+    raise ValueError(
+      f"refine_steps={refine_steps}: expected at least one, or refine=False"
+    )
+  if target_tv is None:
+    fitted = fit_layers(teacher, options)
+    operators = [Operator("asap", dual_map=fit.dual_map) for fit in fitted]
+    measured = measure(
+      teacher,
+      [
+        [operator, *cuts(layer.site.iterations)]
+        for operator, layer in zip(operators, teacher.layers, strict=True)
+      ],
+    )
+    chosen = [of_layer[1] for of_layer in measured]
+  else:
+    measured, chosen, fitted = select(teacher, options, target_tv)
   report = Report(
-    layers=_measure(teacher, fitted),
+    layers=tuple(map(_layer_report, teacher.layers, measured, chosen, fitted)),
     slices=slices,
     batches=fitted[0].batches,
     tokens=fitted[0].tokens,
     seconds=time.perf_counter() - start,
   )
-  replacements = [
-    AsapAttention(_dual_map_of(site, teacher.layers, fitted), site.options)
-    for site in teacher.sites
-  ]
+  replacements = [_function(site, teacher.layers, chosen) for site in teacher.sites]
   return Compiled(replace_sites(model, teacher.sites, replacements), report)
 
 
-class _FittedLayer(NamedTuple):
-  dual_map: DualMap
-  batches: int
-  tokens: int
-  seconds: float
-
-
-def _dual_map_of(
-  site: Site, layers: list[Layer], fitted: list[_FittedLayer]
-) -> DualMap:
-  """A site's dual map, stacked on a leading axis if a scan runs several layers."""
+def _function(
+  site: Site, layers: list[Layer], chosen: list[Measured]
+) -> Callable[..., jax.Array]:
+  """What stands at a site, its dual maps stacked if a scan runs several layers."""
   held = [
-    (layer, fit.dual_map)
-    for layer, fit in zip(layers, fitted, strict=True)
+    (layer, measured.operator)
+    for layer, measured in zip(layers, chosen, strict=True)
     if layer.site is site
   ]
-  if held[0][0].index is None:
-    return held[0][1]
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fit for _, fit in held))
-
-
-@functools.partial(jax.jit, static_argnames=("iterations", "features"))
-def _regression(
-  activation: Activation,
-  directions: jax.Array,
-  iterations: int,
-  features: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array]:
-  """Features and target of one call, as `asap_jax.calibrate.add_batch` takes them."""
-  masks = activation.query_mask, activation.key_mask
-  dual = sinkhorn_source_dual(activation.logits, iterations, *masks)
-  columns = dual_features(
-    activation.query, activation.key, directions, features, *masks
-  )
-  return columns, centre(dual, activation.query_mask)
-
-
-def _fit(
-  teacher: Observer,
-  directions: list[jax.Array],
-  features: tuple[str, ...],
-  ridge: float,
-) -> list[_FittedLayer]:
-  sums: list[RidgeStatistics] = []
-  for drawn in directions:
-    heads, slices, dim = drawn.shape
-    sums.append(empty_statistics(heads, feature_count(features, slices, dim)))
-  layers = teacher.layers
-  seconds = [0.0] * len(layers)
-  batches = 0
-  for calls in teacher.activations("Calibrating"):
-    batches += 1
-    for index, (layer, of_layer) in enumerate(zip(layers, calls, strict=True)):
-      start = time.perf_counter()
-      for activation in of_layer:
-        columns, target = _regression(
-          activation, directions[index], layer.site.iterations, features
-        )
-        try:
-          sums[index] = add_batch(sums[index], columns, target, activation.query_mask)
-        except ValueError as error:
-          raise ValueError(f"{layer.name}: {error}") from error
-      seconds[index] += time.perf_counter() - start
-  fitted = []
-  for layer, of_layer, drawn, spent in zip(
-    layers, sums, directions, seconds, strict=True
-  ):
-    try:
-      fit = solve_ridge(of_layer, ridge)
-    except ValueError as error:
-      raise ValueError(f"{layer.name}: {error}") from error
-    dual_map = DualMap(drawn, jnp.asarray(fit.weights), features)
-    fitted.append(_FittedLayer(dual_map, batches, int(of_layer.count[0]), spent))
-  return fitted
-
-
-def _refine(
-  teacher: Observer, fitted: list[_FittedLayer], steps: int, seed: int, progress: bool
-) -> list[_FittedLayer]:
-  samples = _samples(teacher, held_out=False)
-  held_out = _samples(teacher, held_out=True)
-  refined = []
-  for index, (layer, fit) in enumerate(zip(teacher.layers, fitted, strict=True)):
-    start = time.perf_counter()
-    result = refine(
-      fit.dual_map,
-      samples[index],
-      held_out[index],
-      steps=steps,
-      seed=seed,
-      description=f"Refining {layer.name}",
-      progress=progress,
+  (layer, operator), *_ = held
+  if operator.kind == "ott":
+    return site.function
+  if operator.kind == "sinkhorn":
+    return functools.partial(
+      sinkhorn_attention,
+      iterations=operator.iterations,
+      implementation="scaling",
+      **site.options,
     )
-    spent = fit.seconds + time.perf_counter() - start
-    refined.append(fit._replace(dual_map=result.dual_map, seconds=spent))
-  return refined
+  maps: list[DualMap] = [operator.dual_map for _, operator in held]
+  if layer.index is None:
+    return AsapAttention(maps[0], site.options)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps)
+  return AsapAttention(stacked, site.options)
 
 
-def _samples(teacher: Observer, *, held_out: bool) -> list[list[Sample]]:
-  """Samples of each layer, in host memory, of the first batches that fit."""
-  kept: list[list[Sample]] = [[] for _ in teacher.layers]
-  size = 0
-  for calls in teacher.activations("Recording", held_out=held_out):
-    for layer, of_layer, samples in zip(teacher.layers, calls, kept, strict=True):
-      for activation in of_layer:
-        sample = sample_of(activation, layer.site.iterations)
-        samples.append(jax.device_get(sample))
-        size += sum(leaf.nbytes for leaf in jax.tree.leaves(samples[-1]))
-    if size > _SAMPLE_BYTES:
-      break
-  return kept
-
-
-def _measure(teacher: Observer, fitted: list[_FittedLayer]) -> tuple[LayerReport, ...]:
-  layers = teacher.layers
-  sums: list[FidelitySums | None] = [None] * len(layers)
-  seconds = [fit.seconds for fit in fitted]
-  milliseconds: list[list[float]] = [[] for _ in layers]
-  for calls in teacher.activations("Measuring", held_out=True):
-    for index, (layer, of_layer) in enumerate(zip(layers, calls, strict=True)):
-      start = time.perf_counter()
-      operator = Operator("asap", dual_map=fitted[index].dual_map)
-      for activation in of_layer:
-        new = fidelity_sums(activation, operator, layer.site.iterations)
-        sums[index] = new if sums[index] is None else sums[index] + new
-      if not milliseconds[index]:
-        original = Operator("sinkhorn", layer.site.iterations)
-        milliseconds[index] = operator_milliseconds(of_layer[0], (original, operator))
-      seconds[index] += time.perf_counter() - start
-  if sums[0] is None:
-    raise ValueError(
-      "batches holds a single batch: expected at least two, one of them to measure on"
-    )
-  return tuple(
-    LayerReport(
-      name=layer.name,
-      iterations=layer.site.iterations,
-      r2=1.0 - of_layer.residual / np.where(of_layer.power > 0, of_layer.power, 1.0),
-      tv=of_layer.tv / of_layer.rows,
-      kl=of_layer.kl / of_layer.rows,
-      column_error=of_layer.column_error / of_layer.columns,
-      teacher_column_error=of_layer.teacher_column_error / of_layer.columns,
-      teacher_milliseconds=times[0],
-      milliseconds=times[1],
-      seconds=spent,
-    )
-    for layer, of_layer, times, spent in zip(
-      layers, sums, milliseconds, seconds, strict=True
-    )
+def _layer_report(
+  layer: Layer, measured: list[Measured], chosen: Measured, fit: FittedLayer
+) -> LayerReport:
+  sums, teacher = chosen.sums, measured[0]
+  predicted = 1.0 - sums.residual / np.where(sums.power > 0, sums.power, 1.0)
+  return LayerReport(
+    name=layer.name,
+    iterations=layer.site.iterations,
+    r2=predicted if chosen.operator.kind == "asap" else np.full_like(sums.tv, np.nan),
+    tv=sums.tv / sums.rows,
+    kl=sums.kl / sums.rows,
+    column_error=sums.column_error / sums.columns,
+    teacher_column_error=sums.teacher_column_error / sums.columns,
+    teacher_milliseconds=teacher.milliseconds,
+    milliseconds=chosen.milliseconds,
+    seconds=fit.seconds,
+    alternatives=tuple(each.alternative for each in measured[1:]),
+    chosen=chosen.label,
   )

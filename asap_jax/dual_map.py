@@ -1,7 +1,8 @@
 """The learned dual map: from features of one sequence to the Sinkhorn query-side dual.
 
 f_hat_i = sum_p w_p feature_p(i), with every feature centred over the valid queries of
-its sequence, since a dual is defined up to a constant. Feature kinds, in this order:
+its sequence, since a dual is defined up to a constant; a small network may add to it
+(`asap_jax.network`). Feature kinds, in this order:
 
 - `potentials`: exact one-dimensional potentials along the slices (Tran, Milkert and
   Hyde, 2026, "ASAP", arXiv 2605.12879);
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from asap_jax.network import Leaf, Network, apply_network
 from asap_jax.potentials import sliced_potentials
 from asap_jax.slices import normalise
 from asap_jax.weights import Weights, centre, check_weights, masses, mean, zero_invalid
@@ -31,19 +33,29 @@ FEATURES = KINDS[:3]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DualMap:
-  """Parameters of the dual map of one attention layer: a pytree.
+  """Parameters of a compiled attention layer: a pytree.
 
   Attributes:
     directions: slices, `[heads, slices, dim]`; normalised where they are used.
     weights: of the features, `[heads, features]`.
     features: the kinds of features, a subset of `KINDS` in that order (static).
+    network: adds to the linear map; `None` leaves it linear.
+    relaxation: over-relaxation factors between closures, `[heads, closures - 1]`
+      (`asap_jax.c_transform.closures`); `None` for a single closure.
   """
 
-  directions: jax.Array
-  weights: jax.Array
+  directions: Leaf
+  weights: Leaf
   features: tuple[str, ...] = dataclasses.field(
     default=FEATURES, metadata={"static": True}
   )
+  network: Network | Leaf = None
+  relaxation: Leaf = None
+
+  @property
+  def closures(self) -> int:
+    """Two-sided closures that follow the prediction."""
+    return 1 if self.relaxation is None else 1 + self.relaxation.shape[-1]
 
 
 def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
@@ -85,7 +97,7 @@ def dual_features(
     ValueError: if weights do not fit or `features` is not understood.
   """
   blocks = _blocks(query, key, directions, features, query_weights, key_weights)
-  return jnp.concatenate(blocks, axis=-1)
+  return _assemble(blocks, query_weights)
 
 
 def predict_dual(
@@ -111,16 +123,34 @@ def predict_dual(
     query, key, dual_map.directions, dual_map.features, query_weights, key_weights
   )
   f, start = 0.0, 0
-  for block in blocks:
-    stop = start + block.shape[-1]
+  for block, last in blocks:
+    stop = start + block.shape[-1 if last else -2]
     f = f + jnp.einsum(
-      "...hnp,hp->...hn",
+      "...hnp,hp->...hn" if last else "...hpn,hp->...hn",
       block,
       dual_map.weights[:, start:stop],
       precision=jax.lax.Precision.HIGHEST,
     )
     start = stop
-  return f
+  # Centring is linear: once, of the sum, does for all features.
+  f = centre(f, query_weights)
+  if dual_map.network is None:
+    return f
+  features = _assemble(blocks, query_weights)
+  return f + apply_network(
+    dual_map.network, features, query, key, query_weights, key_weights
+  )
+
+
+def _assemble(blocks: list[tuple[Array, bool]], query_weights: Weights) -> Array:
+  """All blocks side by side, `[..., n, features]`, centred."""
+  return jnp.concatenate(
+    [
+      centre(block if last else jnp.swapaxes(block, -1, -2), query_weights, axis=-2)
+      for block, last in blocks
+    ],
+    axis=-1,
+  )
 
 
 def _blocks(
@@ -130,7 +160,8 @@ def _blocks(
   features: tuple[str, ...],
   query_weights: Weights,
   key_weights: Weights,
-) -> list[Array]:
+) -> list[tuple[Array, bool]]:
+  """Features before centring, and whether their axis is the last or before queries."""
   feature_count(features, *directions.shape[-2:])
   check_weights("query_weights", query_weights, query.shape[-2])
   check_weights("key_weights", key_weights, key.shape[-2])
@@ -143,23 +174,40 @@ def _blocks(
       query, key, normalise(directions.astype(dtype)), query_weights, key_weights
     )
   if "potentials" in features:
-    blocks.append(jnp.swapaxes(sliced.phi, -1, -2))
+    blocks.append((sliced.phi, False))
   if "query" in features:
-    blocks.append(query)
+    blocks.append((query, True))
   if "cumulants" in features:
-    blocks.append(_cumulants(query, key, key_weights))
+    blocks.append((_cumulants(query, key, key_weights), False))
   if "transport" in features:
     sent = sliced.transport, sliced.transport * projected
-    blocks.append(jnp.swapaxes(jnp.concatenate(sent, axis=-2), -1, -2))
-  return [centre(block, query_weights, axis=-2) for block in blocks]
+    blocks.append((jnp.concatenate(sent, axis=-2), False))
+  return blocks
 
 
 def _cumulants(query: Array, key: Array, key_weights: Weights) -> Array:
+  """Both cumulants, `[..., 2, n]`."""
   high = jax.lax.Precision.HIGHEST
-  first = jnp.sum(query * mean(key, key_weights, axis=-2), axis=-1)
+  size, dim = key.shape[-2:]
+  first = _inner(query, mean(key, key_weights, axis=-2))
   centred = centre(key, key_weights, axis=-2)
-  weighted = centred * masses(key_weights, key.shape[-2])[..., None]
-  covariance = jnp.einsum("...md,...me->...de", weighted, centred, precision=high)
-  moved = jnp.einsum("...nd,...de->...ne", query, covariance, precision=high)
-  second = jnp.sum(moved * query, axis=-1)
-  return jnp.stack([first, second], axis=-1)
+  mass = masses(key_weights, size)
+  if size <= 2 * dim:  # no more products than the covariance takes, and one pass
+    deviation = jnp.einsum("...nd,...md->...nm", query, centred, precision=high)
+    second = jnp.sum(deviation**2 * mass[..., None, :], axis=-1)
+  else:
+    weighted = centred * mass[..., None]
+    covariance = jnp.einsum("...md,...me->...de", weighted, centred, precision=high)
+    moved = jnp.einsum("...nd,...de->...ne", query, covariance, precision=high)
+    second = _inner(moved, query)
+  return jnp.stack([first, second], axis=-2)
+
+
+def _inner(a: Array, b: Array) -> Array:
+  """Inner products along the last axis, as a product that XLA does well on a CPU.
+
+  Reductions of many short rows, fused with what comes before, take it ten times longer.
+  """
+  product = jax.lax.optimization_barrier(a * b)
+  ones = jnp.ones(product.shape[-1], product.dtype)
+  return jnp.einsum("...d,d->...", product, ones, precision=jax.lax.Precision.HIGHEST)

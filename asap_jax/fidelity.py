@@ -12,11 +12,12 @@ import numpy as np
 
 from asap_jax import metrics
 from asap_jax.attention import sinkhorn_attention, softmax_attention
-from asap_jax.c_transform import Duals, apply_plan, c_transform, closure, plan
+from asap_jax.c_transform import Duals, apply_plan, c_transform, closure, closures, plan
 from asap_jax.dual_map import DualMap, predict_dual
+from asap_jax.fused import scaled_attention
 from asap_jax.sinkhorn import sinkhorn_duals, sinkhorn_source_dual
 from asap_jax.surgery import Activation, bound_arguments
-from asap_jax.weights import centre
+from asap_jax.weights import centre, valid_pairs
 
 
 class FidelitySums(NamedTuple):
@@ -50,8 +51,9 @@ class Operator(NamedTuple):
   """An attention operator reduced to its duals: a pytree that picks a function.
 
   Attributes:
-    kind: `"asap"`, `"sinkhorn"` or `"softmax"`.
-    iterations: full iterations, of `"sinkhorn"`.
+    kind: `"asap"`, `"sinkhorn"`, `"ott"` or `"softmax"`. `"sinkhorn"` and `"ott"` are
+      one plan; they differ in the implementation whose time is taken.
+    iterations: full iterations, of `"sinkhorn"` and `"ott"`.
     dual_map: of `"asap"`.
   """
 
@@ -71,7 +73,8 @@ def operator_of(attention_fn: Callable[..., jax.Array]) -> Operator:
     return Operator("asap", dual_map=dual_map)
   bound = bound_arguments(attention_fn, sinkhorn_attention)
   if bound is not None:
-    return Operator("sinkhorn", iterations=bound["iterations"])
+    kind = "sinkhorn" if bound.get("implementation") == "scaling" else "ott"
+    return Operator(kind, iterations=bound["iterations"])
   if bound_arguments(attention_fn, softmax_attention) is not None:
     return Operator("softmax")
   raise ValueError(
@@ -94,7 +97,8 @@ def operator_milliseconds(
 ) -> list[float]:
   """Median times of one attention call of each operator; warm, in turn.
 
-  From queries, keys and values (the keys serve as values) to outputs.
+  From queries, keys and values (the keys serve as values) to outputs, without forming
+  a doubly stochastic plan (`asap_jax.fused`).
   """
   times = [[] for _ in operators]
   for repeat in range(repeats + 1):
@@ -120,8 +124,9 @@ def _duals(
   masks = activation.query_mask, activation.key_mask
   if kind == "asap":
     f = predict_dual(dual_map, activation.query, activation.key, *masks)
-    return closure(logits, f, *masks), f
-  if kind == "sinkhorn":
+    relaxation = dual_map.relaxation
+    return closures(logits, f, dual_map.closures, *masks, relaxation=relaxation), f
+  if kind in ("sinkhorn", "ott"):
     return sinkhorn_duals(logits, iterations, *masks), None
   g = jnp.zeros((*logits.shape[:-2], logits.shape[-1]))
   return Duals(c_transform(logits, g, *masks, to="query"), g), None
@@ -135,9 +140,23 @@ def _plan(activation, dual_map, kind, iterations):
 
 @functools.partial(jax.jit, static_argnames=("kind", "iterations"))
 def _output(activation, dual_map, kind, iterations):
-  duals, _ = _duals(activation, dual_map, kind, iterations)
-  masks = activation.query_mask, activation.key_mask
-  return apply_plan(activation.logits, duals, activation.key, *masks)
+  query, key, bias, *masks = activation[:5]
+  if kind == "softmax":
+    pairs = valid_pairs(*masks)
+    return jax.nn.softmax(activation.logits, axis=-1, where=pairs) @ key
+  if kind == "ott":
+    duals = sinkhorn_duals(activation.logits, iterations, *masks)
+    return apply_plan(activation.logits, duals, key, *masks)
+  # Each other kind in its fastest form: the baseline is cut Sinkhorn at equal time.
+  count, relaxation = iterations, None
+  if kind == "asap":
+    f = predict_dual(dual_map, query, key, *masks)
+    count, relaxation = dual_map.closures, dual_map.relaxation
+  else:
+    f = jnp.zeros(query.shape[:-1], query.dtype)
+  return scaled_attention(
+    query, key, key, f, count, *masks, bias=bias, relaxation=relaxation
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "own", "iterations"))

@@ -74,15 +74,17 @@ class AsapAttention(nnx.Module):
   """
 
   def __init__(self, dual_map: DualMap, options: dict[str, Any] | None = None):
-    self.directions = DualParam(dual_map.directions)
-    self.weights = DualParam(dual_map.weights)
-    self.features = dual_map.features
+    self.parameters = nnx.Dict(
+      {name: DualParam(leaf) for name, leaf in _named_leaves(dual_map)}
+    )
+    self.structure = jax.tree.structure(dual_map)
     self.options = tuple(sorted((options or {}).items()))
 
   @property
   def dual_map(self) -> DualMap:
     """The parameters as they stand."""
-    return DualMap(self.directions[...], self.weights[...], self.features)
+    leaves = [self.parameters[name][...] for name in _names(self.structure)]
+    return jax.tree.unflatten(self.structure, leaves)
 
   def __call__(
     self,
@@ -95,3 +97,15 @@ class AsapAttention(nnx.Module):
     """`asap_attention` with this dual map; see there for arguments and errors."""
     options = dict(self.options) | kwargs
     return asap_attention(query, key, value, *args, dual_map=self.dual_map, **options)
+
+
+def _named_leaves(dual_map: DualMap) -> list[tuple[str, Any]]:
+  return [
+    ("_".join(str(key.name) for key in path), leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dual_map)
+  ]
+
+
+def _names(structure: jax.tree_util.PyTreeDef) -> list[str]:
+  counted = jax.tree.unflatten(structure, range(structure.num_leaves))
+  return [name for name, _ in _named_leaves(counted)]

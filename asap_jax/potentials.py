@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from asap_jax.sorting import ascending_pair, integer_keys, search
 from asap_jax.weights import Weights, check_weights, masses, valid, zero_invalid
 
 # Masses closer than this (of a total of one) are one jump: float32 sums err by less.
@@ -85,8 +86,7 @@ def kantorovich_potentials(
     raise ValueError(f"n * m = {n} * {m}: expected at most 2^31, for exact mass ratios")
   dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
   x, y = x.astype(dtype), y.astype(dtype)
-  exact = all(w is None or w.dtype == jnp.bool_ for w in (x_weights, y_weights))
-  xs, ys = _sort(x, x_weights, exact), _sort(y, y_weights, exact)
+  xs, ys = _sort(x, y, x_weights, y_weights)
 
   phi = _integrate(xs, _quantile(ys, xs, n, halfway=False))
   psi = _integrate(ys, _quantile(xs, ys, m, halfway=False))
@@ -144,11 +144,12 @@ def sliced_potentials(
   check_weights("query_weights", query_weights, query.shape[-2])
   check_weights("key_weights", key_weights, key.shape[-2])
   x, y = (
-    # Default precision on a GPU is TF32: too coarse for values to be sorted.
+    # Default precision on a GPU is TF32: too coarse for values to be sorted. With
+    # directions for all of the batch, no array is transposed.
     jnp.einsum(
-      "...nd,...ld->...ln",
+      "...ld,...nd->...ln",
+      jnp.broadcast_to(directions, (*points.shape[:-2], *directions.shape[-2:])),
       points,
-      directions,
       precision=jax.lax.Precision.HIGHEST,
       preferred_element_type=jnp.promote_types(points.dtype, jnp.float32),
     )
@@ -158,57 +159,37 @@ def sliced_potentials(
   return kantorovich_potentials(x, y, *by_slice), x
 
 
-def _sort(x: Array, weights: Weights, exact: bool) -> _Sorted:
-  n = x.shape[-1]
-  mask = valid(weights)
-  if mask is None:
-    points, count = x, n
-  else:
-    mask = jnp.broadcast_to(mask, x.shape)
-    points, count = jnp.where(mask, x, jnp.inf), mask.sum(-1, keepdims=True)
-  ascending = _ascending(points)
-  # Equal points share the first of their places: potentials are equal there too.
-  rank = _search(_integer_keys(ascending), _integer_keys(points))
-  values = ascending
-  if mask is not None:
-    values = jnp.where(jnp.arange(n) < count, values, 0.0)
-  if exact:
-    return _Sorted(values, rank, count, None)
-  mass = jnp.broadcast_to(masses(weights, n), x.shape)
-  mass = jnp.take_along_axis(mass, jnp.argsort(points, axis=-1), axis=-1)
-  return _Sorted(values, rank, count, jnp.cumsum(mass, axis=-1))
-
-
-@jax.custom_jvp
-def _ascending(x: Array) -> Array:
-  """`x` sorted along its last axis.
-
-  Floats sort as integers here: XLA's comparison of floats, and carrying an index along,
-  cost a CPU several times the sort. The index is needed for the derivative alone.
-  """
-  keys = jax.lax.sort(_integer_keys(x), is_stable=False)
-  return jax.lax.bitcast_convert_type(_flip_negative(keys), x.dtype)
-
-
-@_ascending.defjvp
-def _ascending_jvp(primals: tuple[Array], tangents: tuple[Array]):
-  order = jnp.argsort(primals[0], axis=-1)
-  return tuple(jnp.take_along_axis(x[0], order, axis=-1) for x in (primals, tangents))
-
-
-def _integer_keys(x: Array) -> Array:
-  """Integers in the order of the floats `x`; equal floats give equal integers."""
-  x = jax.lax.stop_gradient(x) + 0.0  # no negative zero
-  return _flip_negative(
-    jax.lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+def _sort(
+  x: Array, y: Array, x_weights: Weights, y_weights: Weights
+) -> tuple[_Sorted, _Sorted]:
+  exact = all(w is None or w.dtype == jnp.bool_ for w in (x_weights, y_weights))
+  points = _infinite(x, x_weights), _infinite(y, y_weights)
+  ordered = ascending_pair(*points)
+  return tuple(
+    _describe(*side, exact)
+    for side in zip(points, ordered, (x_weights, y_weights), strict=True)
   )
 
 
-def _flip_negative(bits: Array) -> Array:
-  return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & jnp.iinfo(bits.dtype).max)
+def _infinite(x: Array, weights: Weights) -> Array:
+  """Absent points at infinity: last of all."""
+  mask = valid(weights)
+  return x if mask is None else jnp.where(mask, x, jnp.inf)
 
 
-_search = jnp.vectorize(jnp.searchsorted, signature="(m),(n)->(n)")
+def _describe(points: Array, ordered: Array, weights: Weights, exact: bool) -> _Sorted:
+  n = points.shape[-1]
+  # Equal points share the first of their places: potentials are equal there too.
+  rank = search(integer_keys(ordered), integer_keys(points))
+  mask, count, values = valid(weights), n, ordered
+  if mask is not None:
+    count = jnp.broadcast_to(mask, points.shape).sum(-1, keepdims=True)
+    values = jnp.where(jnp.arange(n) < count, ordered, 0.0)
+  if exact:
+    return _Sorted(values, rank, count, None)
+  mass = jnp.broadcast_to(masses(weights, n), points.shape)
+  mass = jnp.take_along_axis(mass, jnp.argsort(points, axis=-1), axis=-1)
+  return _Sorted(values, rank, count, jnp.cumsum(mass, axis=-1))
 
 
 def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
@@ -232,8 +213,8 @@ def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
     level = xs.mass
     if halfway:
       level = level - jnp.diff(level, axis=-1, prepend=0.0) / 2
-    below = _search(ys.mass, level - _MASS_TOLERANCE)
-    above = _search(ys.mass, level + _MASS_TOLERANCE)
+    below = search(ys.mass, level - _MASS_TOLERANCE)
+    above = search(ys.mass, level + _MASS_TOLERANCE)
   last = jnp.maximum(jnp.asarray(ys.count), 1) - 1
   below, above = (
     jnp.minimum(index.astype(jnp.int32), last.astype(jnp.int32))

@@ -10,6 +10,7 @@ plan. The ridge fit is the start and the best parameters on held-out batches are
 result, which is never worse there than the start.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Sequence
@@ -21,29 +22,18 @@ import numpy as np
 import optax
 from rich.progress import track
 
-from asap_jax.c_transform import closure, plan
-from asap_jax.dual_map import DualMap, dual_features, predict_dual
-from asap_jax.sinkhorn import sinkhorn_source_dual
-from asap_jax.surgery import Activation
-from asap_jax.weights import mean, zero_invalid
+from asap_jax.dual_map import DualMap, predict_dual
+from asap_jax.samples import Minibatches, Sample
+from asap_jax.scaling import scaled_plan
+from asap_jax.standardise import parameter_scale
+from asap_jax.weights import zero_invalid
 
-
-class Sample(NamedTuple):
-  """One call of a layer, with what refinement needs of its teacher.
-
-  Attributes:
-    activation: queries, keys and masks.
-    columns: column sums of the teacher's plan, `[batch, heads, m]`.
-    constant: the part of KL that the dual map does not change, mean over rows, `[]`.
-  """
-
-  activation: Activation
-  columns: jax.Array
-  constant: jax.Array
+# Of a network's weights, whose many parameters would otherwise learn single sequences.
+_WEIGHT_DECAY = 1.0
 
 
 class Refined(NamedTuple):
-  """Result of `refine`.
+  """Result of `Refiner`.
 
   Attributes:
     dual_map: the best on held-out samples, the start included.
@@ -56,105 +46,121 @@ class Refined(NamedTuple):
   steps: int
 
 
-@functools.partial(jax.jit, static_argnames="iterations")
-def sample_of(activation: Activation, iterations: int) -> Sample:
-  """The sample of one call, for a teacher of so many full iterations."""
-  logits = activation.logits
-  masks = activation.query_mask, activation.key_mask
-  source = sinkhorn_source_dual(logits, iterations, *masks)
-  duals = closure(logits, source, *masks)
-  teacher = plan(logits, duals, *masks)
-  columns = teacher.sum(-2)
-  entropy = jnp.sum(duals.f * teacher.sum(-1), -1) + jnp.sum(duals.g * columns, -1)
-  return Sample(activation, columns, entropy.sum() / _rows(activation))
+class Refiner:
+  """Adam on the mean KL, warm-up and cosine decay, over all parameters of a dual map.
 
-
-def refine(
-  dual_map: DualMap,
-  samples: Sequence[Sample],
-  held_out: Sequence[Sample],
-  *,
-  steps: int,
-  learning_rate: float = 2e-2,
-  check_every: int = 100,
-  patience: int = 5,
-  seed: int = 0,
-  description: str = "Refining",
-  progress: bool = True,
-) -> Refined:
-  """Adam on the mean KL over weights and directions, warm-up and cosine decay.
-
-  Host code: it does not run under jit, vmap or grad.
+  Samples may come in parts, so that not all need to be in memory at once. Host code: it
+  does not run under jit, vmap or grad.
 
   Args:
     dual_map: where to start, for instance the ridge fit.
-    samples: what to fit; a step takes one, in an order drawn by `seed`.
-    held_out: what to judge by.
-    steps: to take.
-    learning_rate: of weights relative to the deviations of feature and dual.
-    check_every: steps between looks at `held_out`.
-    patience: looks without progress after which to stop.
-    seed: of the order.
+    pools: samples, joined (`asap_jax.samples.pooled`), to scale parameters by.
+    held_out: samples to judge by.
+    steps: to take in all; the schedule ends with them.
+    learning_rate: relative to the deviations of features and dual.
+    batch_size: sequences in a step.
+    patience: checks, of which there are twenty, without progress after which to stop.
+    seed: of the order of samples.
     description: of the progress bar.
     progress: whether to show it.
-
-  Returns:
-    `Refined`. If the KL turns non-finite, a warning says so and what was best before
-    is returned.
 
   Raises:
     ValueError: if there is nothing to fit or to judge by, or `steps` is below one.
   """
-  for name, given in (("samples", samples), ("held_out", held_out)):
-    if not given:
-      raise ValueError(f"{name} is empty: expected at least one")
-  if steps < 1:
-    raise ValueError(f"steps={steps}: expected at least one")
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, max(1, steps // 20), steps
-  )
-  transform = optax.adam(schedule, b2=0.99)
-  scale = _weight_scale(samples[0], dual_map)
-  parameters = dual_map.directions, dual_map.weights / scale
-  state = transform.init(parameters)
 
-  @jax.jit
-  def step(parameters, state, sample):
-    gradient = jax.grad(lambda p: mean_kl(_rebuild(dual_map, p, scale), sample))(
-      parameters
-    )
-    updates, state = transform.update(gradient, state)
-    return optax.apply_updates(parameters, updates), state
-
-  def judge(parameters):
-    current = _rebuild(dual_map, parameters, scale)
-    return float(np.mean([_mean_kl(current, sample) for sample in held_out]))
-
-  rng = np.random.default_rng(seed)
-  losses = [judge(parameters)]
-  best, best_step = parameters, 0
-  order: list[int] = []
-  for taken in track(
-    range(1, steps + 1), description, disable=not progress, total=steps
+  def __init__(
+    self,
+    dual_map: DualMap,
+    pools: Sequence[Sample],
+    held_out: Sequence[Sample],
+    *,
+    steps: int,
+    learning_rate: float = 5e-3,
+    batch_size: int = 32,
+    patience: int = 5,
+    seed: int = 0,
+    description: str = "Refining",
+    progress: bool = True,
   ):
-    if not order:
-      order = list(rng.permutation(len(samples)))
-    parameters, state = step(parameters, state, samples[order.pop()])
-    if taken % check_every and taken != steps:
-      continue
-    losses.append(judge(parameters))
-    if not np.isfinite(losses[-1]):
-      warnings.warn(
-        f"{description}: KL is {losses.pop()} after {taken} steps; going back to "
-        f"step {best_step}",
-        stacklevel=2,
+    for name, given in (("pools", pools), ("held_out", held_out)):
+      if not given:
+        raise ValueError(f"{name} is empty: expected at least one sample")
+    if steps < 1:
+      raise ValueError(f"steps={steps}: expected at least one")
+    self._held_out = held_out
+    self._steps = steps
+    self._check_every = max(1, steps // 20)
+    self._patience = patience
+    self._batch_size = batch_size
+    self._random = np.random.default_rng(seed)
+    self._description, self._progress = description, progress
+    first = next(Minibatches(pools, batch_size, np.random.default_rng(seed)))
+    self._scale = parameter_scale(dual_map, first)
+    self._parameters = jax.tree.map(jnp.divide, dual_map, self._scale)
+    schedule = optax.warmup_cosine_decay_schedule(
+      0.0, learning_rate, max(1, steps // 20), steps
+    )
+    self._transform = optax.adamw(
+      schedule, b2=0.99, weight_decay=_WEIGHT_DECAY, mask=_decayed
+    )
+    self._state = self._transform.init(self._parameters)
+    self._best, self._best_step, self._taken = dual_map, 0, 0
+    self._losses = [self._judge(dual_map)]
+
+  @property
+  def result(self) -> Refined:
+    """The best so far."""
+    return Refined(self._best, tuple(self._losses), self._best_step)
+
+  @property
+  def finished(self) -> bool:
+    """Whether all steps are taken, patience has ended or the KL was not finite."""
+    stale = self._taken - self._best_step >= self._patience * self._check_every
+    return self._taken >= self._steps or stale or not np.isfinite(self._losses[-1])
+
+  def run(self, pools: Sequence[Sample], steps: int) -> None:
+    """Takes up to so many of the remaining steps on these samples."""
+    batches = Minibatches(pools, self._batch_size, self._random)
+    steps = min(steps, self._steps - self._taken)
+    for _ in track(range(steps), self._description, disable=not self._progress):
+      if self.finished:
+        break
+      self._parameters, self._state = _step(
+        self._parameters, self._state, self._scale, next(batches), self._transform
       )
-      break
-    if losses[-1] < min(losses[:-1]):
-      best, best_step = parameters, taken
-    elif taken - best_step >= patience * check_every:
-      break
-  return Refined(_rebuild(dual_map, best, scale), tuple(losses), best_step)
+      self._taken += 1
+      if self._taken % self._check_every == 0 or self._taken == self._steps:
+        self._check()
+
+  def _check(self) -> None:
+    current = jax.tree.map(jnp.multiply, self._parameters, self._scale)
+    self._losses.append(self._judge(current))
+    if not np.isfinite(self._losses[-1]):
+      warnings.warn(
+        f"{self._description}: KL is {self._losses[-1]} after {self._taken} steps; "
+        f"going back to step {self._best_step}",
+        stacklevel=3,
+      )
+    elif self._losses[-1] < min(self._losses[:-1]):
+      self._best, self._best_step = current, self._taken
+
+  def _judge(self, dual_map: DualMap) -> float:
+    sums = [float(_mean_kl(dual_map, s)) * s.size for s in self._held_out]
+    return float(np.sum(sums) / sum(sample.size for sample in self._held_out))
+
+
+def refine(
+  dual_map: DualMap,
+  pools: Sequence[Sample],
+  held_out: Sequence[Sample],
+  *,
+  steps: int,
+  **options,
+) -> Refined:
+  """A `Refiner` run on samples that are all at hand; see there for the arguments."""
+  refiner = Refiner(dual_map, pools, held_out, steps=steps, **options)
+  refiner.run(pools, steps)
+  return refiner.result
 
 
 def mean_kl(dual_map: DualMap, sample: Sample) -> jax.Array:
@@ -162,36 +168,35 @@ def mean_kl(dual_map: DualMap, sample: Sample) -> jax.Array:
   activation = sample.activation
   masks = activation.query_mask, activation.key_mask
   f_hat = predict_dual(dual_map, activation.query, activation.key, *masks)
-  duals = closure(activation.logits, f_hat, *masks)
-  closed = duals.f.sum() + jnp.sum(duals.g * sample.columns)
-  return sample.constant - closed / _rows(activation)
+  closed = scaled_plan(
+    activation.logits,
+    f_hat,
+    dual_map.closures,
+    *masks,
+    relaxation=dual_map.relaxation,
+  ).duals
+  gained = closed.f.sum() + jnp.sum(closed.g * sample.columns)
+  rows = zero_invalid(jnp.ones(activation.query.shape[:-1]), masks[0]).sum()
+  return (sample.constant.sum() - gained) / rows
 
 
 _mean_kl = jax.jit(mean_kl)
 
 
-def _rows(activation: Activation) -> jax.Array:
-  ones = jnp.ones(activation.query.shape[:-1])
-  return zero_invalid(ones, activation.query_mask).sum()
+@functools.partial(jax.jit, static_argnames="transform")
+def _step(parameters, state, scale, sample, transform):
+  def loss(parameters):
+    return mean_kl(jax.tree.map(jnp.multiply, parameters, scale), sample)
+
+  updates, state = transform.update(jax.grad(loss)(parameters), state, parameters)
+  return optax.apply_updates(parameters, updates), state
 
 
-def _rebuild(
-  dual_map: DualMap, parameters: tuple[jax.Array, jax.Array], scale: jax.Array
-) -> DualMap:
-  directions, weights = parameters
-  return DualMap(directions, weights * scale, dual_map.features)
-
-
-@jax.jit
-def _weight_scale(sample: Sample, dual_map: DualMap) -> jax.Array:
-  """Deviation of the dual over that of each feature, `[heads, features]`."""
-  activation = sample.activation
-  masks = activation.query_mask, activation.key_mask
-  arguments = activation.query, activation.key
-  features = dual_features(*arguments, dual_map.directions, dual_map.features, *masks)
-  dual = predict_dual(dual_map, *arguments, *masks)
-  variances = mean(features**2, masks[0], axis=-2).mean((0, 2))
-  power = mean(dual**2, masks[0]).mean((0, 2))[:, None]
-  return jnp.sqrt(
-    jnp.where(variances > 0, power / jnp.where(variances > 0, variances, 1.0), 1.0)
-  )
+def _decayed(parameters: DualMap) -> DualMap:
+  """Which parameters decay: the network's."""
+  chosen = jax.tree.map(lambda _: False, parameters)
+  if parameters.network is None:
+    return chosen
+  network = jax.tree.map(lambda _: True, parameters.network)
+  network = dataclasses.replace(network, context_shift=False)
+  return dataclasses.replace(chosen, network=network)

@@ -42,7 +42,8 @@ class LayerReport:
   Attributes:
     name: path of the attention function in the model.
     iterations: full Sinkhorn iterations of the teacher.
-    r2: share of the variance of the teacher's dual that the dual map predicts.
+    r2: share of the variance of the teacher's dual that the dual map predicts; NaN
+      where there is no dual map.
     tv: total variation distance to the teacher's plan, 0 to 1.
     kl: KL(teacher || compiled), nats.
     column_error: mean |column sum / target - 1| of the compiled plan.
@@ -176,8 +177,11 @@ def _advice(layer: LayerReport) -> str:
   faster = "faster" if cut.milliseconds < standing.milliseconds else "as fast"
   closer = "closer" if cut.tv < standing.tv else "as close"
   count = "1 iteration" if cut.cut == 1 else f"{cut.cut} iterations"
+  name = f"Sinkhorn cut to {count}"
+  if cut.cut == layer.iterations:
+    name = f"the teacher's Sinkhorn itself, in the scaling domain ({count}),"
   return (
-    f"{layer.name}: Sinkhorn cut to {count} is {faster} and {closer} here "
+    f"{layer.name}: {name} is {faster} and {closer} here "
     f"(TV {cut.tv:.4f} in {cut.milliseconds:.2f} ms; {standing.label}: "
     f"{standing.tv:.4f} in {standing.milliseconds:.2f} ms)."
   )

@@ -23,7 +23,7 @@ class Site(NamedTuple):
     attribute: of the module that holds the function.
     function: what it holds: `sinkhorn_attention` or a partial of it.
     iterations: full iterations that it is bound to.
-    options: its other bound arguments, such as `epsilon`.
+    options: its other bound arguments, such as `epsilon`; not `implementation`.
   """
 
   path: tuple[str | int, ...]
@@ -99,8 +99,16 @@ def find_sinkhorn(model: nnx.Module) -> list[Site]:
       bound = bound_arguments(held, sinkhorn_attention)
       if bound is not None:
         iterations = bound.pop("iterations")
+        bound.pop("implementation", None)
         sites.append(Site(tuple(path), attribute, held, iterations, bound))
   return sorted(sites, key=lambda site: [(isinstance(p, str), p) for p in site.path])
+
+
+def implementation_of(function: Callable[..., jax.Array]) -> str:
+  """That of a `sinkhorn_attention` or a partial of it."""
+  keywords = getattr(function, "keywords", {})
+  default = _SIGNATURE.parameters["implementation"].default
+  return keywords.get("implementation", default)
 
 
 def held_at(model: nnx.Module, site: Site) -> Callable[..., jax.Array]:

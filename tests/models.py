@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 import asap_jax
+from asap_jax.dual_map import FEATURES
 
 HEADS, WIDTH, TOKENS, ITERATIONS = 2, 16, 10, 5
 
@@ -60,8 +61,10 @@ def teacher():
 
 @functools.cache
 def compiled():
-  """The toy model compiled, shared by tests that do not change it."""
-  return asap_jax.compile(teacher(), batches(), 4, progress=False)
+  """The toy model compiled in the plain form, shared by tests that do not change it."""
+  return asap_jax.compile(
+    teacher(), batches(), 4, features=FEATURES, refine=False, progress=False
+  )
 
 
 @nnx.jit

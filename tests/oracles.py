@@ -129,16 +129,18 @@ def plan_sums(query_weights, key_weights, n, m):
   return len(rows) * a, len(rows) * b
 
 
-def closures(logits, f, count, query_weights=None, key_weights=None):
-  """Duals after `count` Sinkhorn iterations from f."""
+def closures(logits, f, count, query_weights=None, key_weights=None, relaxation=None):
+  """Duals after `count` Sinkhorn iterations from f, over-relaxed between them."""
   n, m = logits.shape
   rows, columns = present(query_weights, n), present(key_weights, m)
   row_sums, column_sums = plan_sums(query_weights, key_weights, n, m)
   S = np.asarray(logits, np.float64)[np.ix_(rows, columns)]
   f_present, g_present = np.asarray(f, np.float64)[rows], 0.0
-  for _ in range(count):
+  omegas = np.ones(count) if relaxation is None else [*relaxation, 1.0]
+  for omega in omegas:
     g_present = np.log(column_sums) - logsumexp(S + f_present[:, None], axis=0)
-    f_present = np.log(row_sums) - logsumexp(S + g_present, axis=1)
+    closed = np.log(row_sums) - logsumexp(S + g_present, axis=1)
+    f_present = (1 - omega) * f_present + omega * closed
   f, g = np.zeros(n), np.zeros(m)
   f[rows], g[columns] = f_present, g_present
   return f, g

@@ -54,6 +54,40 @@ def test_closures_and_plan_against_float64(weights):
 
 
 @weighted
+def test_over_relaxed_closures_against_float64(weights):
+  logits, f = random_logits(7)
+  relaxation = jnp.asarray([1.5, 0.7, 1.9], jnp.float32)
+  expected = oracles.closures(logits, f, 4, *weights, relaxation)
+  given = on_device(weights)
+  assert_duals(close_often(logits, f, 4, *given, relaxation=relaxation), expected, 2e-5)
+  ones = close_often(logits, f, 4, *given, relaxation=jnp.ones(3))
+  assert_duals(ones, close_often(logits, f, 4, *given))
+
+
+def test_relaxation_per_head_and_its_gradient_against_finite_differences():
+  logits, f = (jnp.stack(p) for p in zip(*map(random_logits, (8, 9)), strict=True))
+  weights = WEIGHTS["masks"]
+  relaxation = jnp.asarray([[1.5, 0.7], [1.0, 1.8]], jnp.float32)
+  u = np.random.default_rng(10).normal(size=N)
+
+  def oracle(omega, head):
+    return u @ oracles.closures(logits[head], f[head], 3, *weights, omega)[0]
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(relaxation):
+    duals = closures(logits, f, 3, *on_device(weights), relaxation=relaxation)
+    return jnp.vdot(u, duals.f.sum(0))
+
+  value, slope = loss(relaxation)
+  by_head = [oracle(omega, head) for head, omega in enumerate(relaxation)]
+  np.testing.assert_allclose(value, sum(by_head), rtol=1e-4, atol=1e-4)
+  for head, omega in enumerate(relaxation):
+    expected = oracles.gradient(lambda w, head=head: oracle(w, head), omega)
+    np.testing.assert_allclose(slope[head], expected, rtol=1e-3, atol=1e-4)
+
+
+@weighted
 def test_row_sums_are_exact_and_column_sums_converge(weights):
   logits, f = random_logits(2, scale=1.0)
   query_weights, key_weights = weights
@@ -165,3 +199,5 @@ def test_arguments_that_do_not_fit_are_refused():
     c_transform(logits, f, to="value")
   with pytest.raises(ValueError, match="count=0"):
     closures(logits, f, 0)
+  with pytest.raises(ValueError, match=r"relaxation has shape \(3,\).*count=3"):
+    closures(logits, f, 3, relaxation=jnp.ones(3))

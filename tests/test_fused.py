@@ -1,0 +1,85 @@
+"""Values under scaled plans, whole and in blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from asap_jax import fused
+from asap_jax.fused import scaled_attention
+
+BATCH, HEADS, N, M, DIM, VALUES = 3, 2, 6, 9, 4, 3
+RANDOM = np.random.default_rng(0)
+QUERY, KEY, VALUE, F, BIAS = (
+  jnp.asarray(RANDOM.normal(size=(BATCH, HEADS, *shape)), jnp.float32)
+  for shape in ((N, DIM), (M, DIM), (M, VALUES), (N,), (N, M))
+)
+QUERY_MASK = jnp.arange(N) < jnp.asarray([4, 6, 5])[:, None, None]
+KEY_MASK = jnp.arange(M) < jnp.asarray([9, 3, 7])[:, None, None]
+MASKS = {"query_weights": QUERY_MASK, "key_weights": KEY_MASK}
+OMEGA = jnp.asarray([[1.5], [0.8]])
+
+
+def expected(count, masks, bias=None, relaxation=None):
+  outputs = np.zeros((BATCH, HEADS, N, VALUES))
+  for b, h in np.ndindex(BATCH, HEADS):
+    logits = np.float64(QUERY[b, h]) @ np.float64(KEY[b, h]).T
+    logits = logits if bias is None else logits + np.asarray(bias[b, h])
+    weights = [np.asarray(mask)[b, 0] for mask in masks.values()] or [None, None]
+    omega = None if relaxation is None else relaxation[h]
+    duals = oracles.closures(logits, F[b, h], count, *weights, omega)
+    outputs[b, h] = oracles.plan(logits, *duals, *weights) @ np.asarray(VALUE[b, h])
+  return outputs
+
+
+@pytest.fixture(params=["whole", "blocks", "single"])
+def blocks(request, monkeypatch):
+  """Blocks of four heads, which no batch of six divides into, or of one."""
+  size = {"whole": 2**20, "blocks": 4 * N * M, "single": 1}[request.param]
+  monkeypatch.setattr(fused, "_BLOCK", size)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("masks", [{}, MASKS], ids=["all", "masks"])
+def test_against_float64(masks):
+  function = jax.jit(lambda *a: scaled_attention(*a, 2, **masks, relaxation=OMEGA))
+  actual = function(QUERY, KEY, VALUE, F)
+  wanted = expected(2, masks, relaxation=OMEGA)
+  np.testing.assert_allclose(actual, wanted, atol=2e-5)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_bias_against_float64():
+  # One bias for the whole batch.
+  actual = jax.jit(scaled_attention)(QUERY, KEY, VALUE, F, bias=BIAS[:1])
+  bias = jnp.broadcast_to(BIAS[:1], BIAS.shape)
+  np.testing.assert_allclose(actual, expected(1, {}, bias), atol=2e-5)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_gradients_agree_with_finite_differences():
+  cotangent = RANDOM.normal(size=(BATCH, HEADS, N, VALUES))
+
+  def loss(arguments):
+    return jnp.vdot(cotangent, scaled_attention(*arguments, **MASKS))
+
+  arguments = (QUERY, KEY, VALUE, F)
+  tangents = [jnp.asarray(RANDOM.normal(size=a.shape), jnp.float32) for a in arguments]
+  slopes = jax.jit(jax.grad(loss))(arguments)
+  run, step = jax.jit(loss), 1e-2
+  for place, tangent in enumerate(tangents):
+    ends = [
+      run([a + s * tangent if i == place else a for i, a in enumerate(arguments)])
+      for s in (step, -step)
+    ]
+    difference = (ends[0] - ends[1]) / (2 * step)
+    actual = jnp.vdot(slopes[place], tangent)
+    np.testing.assert_allclose(actual, difference, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_vmap_agrees_with_the_batch():
+  arguments = (QUERY, KEY, VALUE, F)
+  mapped = jax.jit(jax.vmap(scaled_attention))(*arguments)
+  np.testing.assert_allclose(mapped, scaled_attention(*arguments), atol=1e-5)
