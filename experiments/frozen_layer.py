@@ -13,7 +13,7 @@ import numpy as np
 
 import asap_jax
 from asap_jax import Alternative, plotting
-from asap_jax.dual_map import FEATURES, KINDS
+from asap_jax.dual_map import KINDS
 from asap_jax.fidelity import operator_milliseconds, operator_of
 from asap_jax.surgery import find_sinkhorn, held_at, recorder
 from experiments import replacements
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--out", type=new_directory, required=True, help="new directory")
   parser.add_argument("--slices", type=int, default=8)
   parser.add_argument("--closures", type=int, default=1, help="of the row `asap`")
-  parser.add_argument("--features", nargs="+", choices=KINDS, default=FEATURES)
+  parser.add_argument("--features", nargs="+", choices=KINDS, default=KINDS)
   parser.add_argument(
     "--refine-steps", type=int, help="per layer; 0 for the ridge fit alone"
   )
@@ -124,7 +124,9 @@ def compile_all(
 
 def refinement(steps: int | None) -> dict[str, Any]:
   """Options of `asap_jax.compile` for `--refine-steps`; `None` is its default."""
-  return {"refine": False} if steps == 0 else {"refine": True, "refine_steps": steps}
+  if steps is None:
+    return {"refine": True}
+  return {"refine": True, "refine_steps": steps} if steps else {"refine": False}
 
 
 def attention_milliseconds(teacher, models, batch) -> dict[str, float]:

@@ -61,7 +61,13 @@ def run(out: pathlib.Path, seed: int, steps: int) -> list[dict]:
   batches = batches_of(data.train.inputs, 64)
   compiled, report = asap_jax.compile(teacher, batches, SLICES, seed=seed)
   ridge, _ = asap_jax.compile(
-    teacher, batches, SLICES, directions="gaussian", features=("potentials",), seed=seed
+    teacher,
+    batches,
+    SLICES,
+    directions="gaussian",
+    features=("potentials",),
+    refine=False,
+    seed=seed,
   )
   print(report)
   asap_jax.save(out / "compiled", compiled)

@@ -108,7 +108,7 @@ def options_of(monkeypatch, **arguments):
 def test_compiler_is_asked_for_every_form(monkeypatch):
   asked, models, about = options_of(monkeypatch, closures=3)
   ridge = {"directions": "gaussian", "features": ("potentials",), "refine": False}
-  own = {"features": ("query",), "refine": True, "refine_steps": None}
+  own = {"features": ("query",), "refine": True}
   assert asked == [
     {**ridge, "closures": 1, "seed": 7},
     {**own, "closures": 3, "seed": 7},
@@ -128,7 +128,7 @@ def test_two_closures_are_compiled_once(monkeypatch):
 def test_refinement_steps_are_passed_on():
   assert frozen_layer.refinement(0) == {"refine": False}
   assert frozen_layer.refinement(9) == {"refine": True, "refine_steps": 9}
-  assert frozen_layer.refinement(None) == {"refine": True, "refine_steps": None}
+  assert frozen_layer.refinement(None) == {"refine": True}
 
 
 def test_files_of_another_kind_are_refused(files):
