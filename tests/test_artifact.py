@@ -221,7 +221,7 @@ def damage(directory, kind):
     ("manifest not text", "manifest.json is truncated or altered"),
     ("sites absent", "manifest.json is truncated or altered"),
     ("options altered", "truncated or altered"),
-    ("format", "format 99: this version of asap_jax reads 1"),
+    ("format", "format 99: this version of asap_jax reads 2"),
   ],
 )
 def test_damaged_files_are_refused(copy, kind, message):

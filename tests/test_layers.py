@@ -122,7 +122,8 @@ def test_dual_map_of_the_module_is_what_it_was_given():
 
 def test_filter_picks_directions_and_weights_alone(compiled_layer):
   paths = {path for path, _ in nnx.to_flat_state(nnx.state(compiled_layer, DualParam))}
-  assert paths == {("attention_fn", "directions"), ("attention_fn", "weights")}
+  held = ("attention_fn", "parameters")
+  assert paths == {(*held, "directions"), (*held, "weights")}
   all_paths = {path for path, _ in nnx.to_flat_state(nnx.state(compiled_layer))}
   parameters = {
     path for path, _ in nnx.to_flat_state(nnx.state(compiled_layer, nnx.Param))
