@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from asap_jax.fidelity import Operator, operator_of
+from asap_jax.surgery import find_sinkhorn, held_at
 from experiments import frozen_layer, replacements
 from experiments.frozen import load_inputs, load_teacher
 
@@ -156,3 +158,15 @@ def test_forward_pass_is_the_reference(name):
     **sizes,
   )
   np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_cuts_are_measured_in_their_fastest_form(files):
+  teacher = load_teacher(files / "teacher.npz", heads=2)
+  for given in (teacher, replacements.cut_sinkhorn(teacher, 5)):
+    cut = replacements.cut_sinkhorn(given, 3)
+    (site,) = find_sinkhorn(cut)
+    assert operator_of(held_at(cut, site)) == Operator("sinkhorn", 3)
+    swapped = replacements.softmax_swap(given)
+    assert operator_of(held_at(swapped, site)) == Operator("softmax")
+    ids = load_inputs(files / "inputs.npz", 4).test
+    assert np.isfinite(swapped(jnp.asarray(ids))).all()
