@@ -122,6 +122,9 @@ def distil(
     return optax.apply_updates(parameters, updates), state
 
   def judge(parameters):
+    # The closure may put out finite numbers for a dual that is not.
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(parameters)):
+      return float("nan")
     return float(np.mean([loss(parameters, rest, *pair) for pair in held_out]))
 
   rng = np.random.default_rng(seed)

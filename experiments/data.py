@@ -46,8 +46,13 @@ def shift_digits(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return windows[np.arange(len(inputs)), down, right].reshape(inputs.shape)
 
 
-def batches_of(inputs: np.ndarray, size: int) -> list[np.ndarray]:
-  """Inputs in order, in batches of one size; what does not fill a batch is left out."""
-  return [
-    inputs[start : start + size] for start in range(0, len(inputs) - size + 1, size)
-  ]
+def batches_of(
+  inputs: np.ndarray, size: int, *, keep_rest: bool = False
+) -> list[np.ndarray]:
+  """Inputs in order, in batches of one size.
+
+  What does not fill a batch is left out, so that calibration compiles for one shape;
+  `keep_rest` makes it a smaller last batch, for measuring.
+  """
+  stop = len(inputs) if keep_rest else len(inputs) - size + 1
+  return [inputs[start : start + size] for start in range(0, stop, size)]

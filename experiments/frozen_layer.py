@@ -6,21 +6,26 @@ python -m experiments.frozen_layer --teacher W.npz --inputs I.npz --heads H --ou
 import argparse
 import pathlib
 import time
+from collections.abc import Sequence
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 import asap_jax
-from asap_jax.dual_map import FEATURES, KINDS
+from asap_jax import Alternative, plotting
+from asap_jax.dual_map import KINDS
 from asap_jax.fidelity import operator_milliseconds, operator_of
 from asap_jax.surgery import find_sinkhorn, held_at, recorder
 from experiments import replacements
 from experiments.data import Split, batches_of
-from experiments.frozen import load_inputs, load_teacher
-from experiments.results import print_rows, write_results
+from experiments.frontier import verdict
+from experiments.frozen import ITERATIONS, load_inputs, load_teacher
+from experiments.results import new_directory, print_rows, write_results
 from experiments.train import accuracy
 
-CUTS, BATCH = (1, 2, 3, 5, 10), 64
+# The last is the teacher uncut, in the scaling domain like the cuts; the row `sinkhorn`
+# is the teacher as it was trained, in the log domain.
+CUTS, BATCH = (1, 2, 3, 5, 10, ITERATIONS), 64
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,10 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
   parser.add_argument("--teacher", type=pathlib.Path, required=True, help="weights")
   parser.add_argument("--inputs", type=pathlib.Path, required=True)
   parser.add_argument("--heads", type=int, required=True)
-  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--out", type=new_directory, required=True, help="new directory")
   parser.add_argument("--slices", type=int, default=8)
-  parser.add_argument("--features", nargs="+", choices=KINDS, default=FEATURES)
-  parser.add_argument("--refine-steps", type=int, default=600, help="per layer")
+  parser.add_argument("--closures", type=int, default=1, help="of the row `asap`")
+  parser.add_argument("--features", nargs="+", choices=KINDS, default=KINDS)
+  parser.add_argument(
+    "--refine-steps", type=int, help="per layer; 0 for the ridge fit alone"
+  )
   parser.add_argument("--test-limit", type=int, help="first so many test inputs")
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args(arguments)
@@ -39,36 +47,18 @@ def main(arguments: list[str] | None = None) -> None:
   started, seconds = time.perf_counter(), {}
   teacher = load_teacher(args.teacher, args.heads)
   inputs = load_inputs(args.inputs, args.test_limit)
-  batches = batches_of(inputs.train, BATCH)
-
-  compiled, report = asap_jax.compile(
-    teacher,
-    batches,
-    args.slices,
-    features=tuple(args.features),
-    refine_steps=args.refine_steps,
-    seed=args.seed,
-  )
+  compiled, about = compile_all(teacher, batches_of(inputs.train, BATCH), args)
   seconds["compile"] = time.perf_counter() - started
-  print(report)
-  ridge, _ = asap_jax.compile(
-    teacher,
-    batches,
-    args.slices,
-    directions="gaussian",
-    features=("potentials",),
-    seed=args.seed,
-  )
+
   mark = time.perf_counter()
   models = {
     "sinkhorn": teacher,
     **{f"sinkhorn@{k}": replacements.cut_sinkhorn(teacher, k) for k in CUTS},
     "softmax_swap": replacements.softmax_swap(teacher),
-    "ridge": ridge,
-    "asap": compiled,
+    **compiled,
   }
   test = Split(inputs.test, inputs.labels)
-  tested = batches_of(inputs.test, min(BATCH, len(inputs.test)))
+  tested = batches_of(inputs.test, BATCH, keep_rest=True)
   fidelity = replacements.plan_fidelity(
     teacher, models, tested, lambda model, batch: model(batch)
   )
@@ -78,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
       "method": name,
       "accuracy": accuracy(model, test, BATCH),
       **fidelity[name],
-      **({"slices": args.slices} if name in ("ridge", "asap") else {}),
+      **about.get(name, {}),
       "milliseconds": times[name],
       "n_test": len(test.labels),
     }
@@ -86,14 +76,59 @@ def main(arguments: list[str] | None = None) -> None:
   ]
   seconds["evaluate"] = time.perf_counter() - mark
   seconds["total"] = time.perf_counter() - started
-  config = {name: str(v) if name in _PATHS else v for name, v in vars(args).items()}
+  config = {
+    name: str(value) if isinstance(value, pathlib.Path) else value
+    for name, value in vars(args).items()
+  }
   path = write_results(args.out, "frozen_layer", config, rows, seconds)
   draw_frontier(rows, args.out / "frontier.png")
   print_rows(rows, f"{args.teacher.stem}, {len(test.labels)} test inputs")
+  for line in verdicts(rows):
+    print(line)
   print(f"Wrote {path} and {args.out / 'frontier.png'}")
 
 
-_PATHS = ("teacher", "inputs", "out")
+def compile_all(
+  teacher, batches: Sequence[np.ndarray], args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+  """Compiled models by their method, and what their rows say of compiling.
+
+  `ridge` is the paper's plain form: random slices, potentials alone, no refinement.
+  """
+  own = {"features": tuple(args.features), **refinement(args.refine_steps)}
+  options = {
+    "ridge": {
+      "directions": "gaussian",
+      "features": ("potentials",),
+      "refine": False,
+      "closures": 1,
+    },
+    "asap": {**own, "closures": args.closures},
+    "asap@2": {**own, "closures": 2},
+  }
+  models, about = {}, {}
+  for name, of_method in options.items():
+    same = [other for other in models if options[other] == of_method]
+    if same:  # --closures 2
+      models[name], about[name] = models[same[0]], about[same[0]]
+      continue
+    models[name], report = asap_jax.compile(
+      teacher, batches, args.slices, seed=args.seed, **of_method
+    )
+    print(f"{name}:\n{report}")
+    about[name] = {
+      "slices": args.slices,
+      "closures": of_method["closures"],
+      "compile_seconds": report.seconds,
+    }
+  return models, about
+
+
+def refinement(steps: int | None) -> dict[str, Any]:
+  """Options of `asap_jax.compile` for `--refine-steps`; `None` is its default."""
+  if steps is None:
+    return {"refine": True}
+  return {"refine": True, "refine_steps": steps} if steps else {"refine": False}
 
 
 def attention_milliseconds(teacher, models, batch) -> dict[str, float]:
@@ -107,42 +142,31 @@ def attention_milliseconds(teacher, models, batch) -> dict[str, float]:
   return dict(zip(models, map(float, totals), strict=True))
 
 
-def draw_frontier(rows, path: pathlib.Path) -> None:
+def points_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Alternative]]:
+  """Points of the frontier, by family; the teacher ends the curve of the cuts."""
+  points = [Alternative(row["method"], row["tv"], row["milliseconds"]) for row in rows]
+  (teacher,) = (point for point in points if point.label == "sinkhorn")
+  cuts = [point for point in points if point.cut is not None]
+  return {
+    plotting.CUTS_FAMILY: [*cuts, Alternative("teacher", 0.0, teacher.milliseconds)],
+    "softmax in its place": [p for p in points if p.label == "softmax_swap"],
+    "ridge, random slices": [p for p in points if p.label == "ridge"],
+    "compiled": [p for p in points if p.label.startswith("asap")],
+  }
+
+
+def draw_frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """TV to the teacher's plan against the time of the attention operators."""
-  figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-  cuts = [row for row in rows if row["method"].startswith("sinkhorn@")]
-  axes.plot(
-    [row["milliseconds"] for row in cuts],
-    [row["tv"] for row in cuts],
-    color="#555555",
-    marker="o",
-    label="Sinkhorn cut short",
-  )
-  for name, marker, colour in (
-    ("softmax_swap", "s", "#e69f00"),
-    ("ridge", "^", "#56b4e9"),
-    ("asap", "*", "#0072b2"),
-  ):
-    (row,) = (row for row in rows if row["method"] == name)
-    axes.plot(
-      row["milliseconds"], row["tv"], marker, color=colour, markersize=10, label=name
-    )
-  for row in cuts:
-    axes.annotate(
-      row["method"].removeprefix("sinkhorn"),
-      (row["milliseconds"], row["tv"]),
-      textcoords="offset points",
-      xytext=(6, 4),
-    )
-  axes.set(
-    xlabel="attention operators of all layers, ms",
-    ylabel="total variation to the teacher",
-    xlim=(0, None),
-    ylim=(0, None),
-  )
-  axes.legend()
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+  axes = plotting.plot_frontier(points_of(rows))
+  axes.set_xlabel("attention operators of all layers, ms")
+  axes.figure.savefig(path, dpi=150)
+
+
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
+  """A sentence per compiled method: below the curve of cut Sinkhorn or not."""
+  families = points_of(rows)
+  *cuts, teacher = families[plotting.CUTS_FAMILY]
+  return [verdict(point, cuts, teacher) for point in families["compiled"]]
 
 
 if __name__ == "__main__":

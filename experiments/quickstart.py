@@ -20,7 +20,7 @@ from asap_jax.surgery import find_sinkhorn, held_at, recorder
 from experiments import replacements
 from experiments.data import batches_of, digits, shift_digits
 from experiments.models import Encoder, EncoderConfig
-from experiments.results import print_rows, write_results
+from experiments.results import new_directory, print_rows, write_results
 from experiments.train import TrainConfig, accuracy, predict, train_classifier
 
 ITERATIONS, CUTS, SLICES = 20, (1, 2, 3, 5), 8
@@ -29,12 +29,10 @@ MODEL = EncoderConfig(length=64, token_size=1, classes=10)
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", type=pathlib.Path, required=True, help="new directory")
+  parser.add_argument("--out", type=new_directory, required=True, help="new directory")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--steps", type=int, default=1500, help="training steps")
   args = parser.parse_args()
-  if args.out.exists() and any(args.out.iterdir()):
-    parser.error(f"--out {args.out} is not empty: name a new directory")
   run(args.out, args.seed, args.steps)
 
 
@@ -63,7 +61,13 @@ def run(out: pathlib.Path, seed: int, steps: int) -> list[dict]:
   batches = batches_of(data.train.inputs, 64)
   compiled, report = asap_jax.compile(teacher, batches, SLICES, seed=seed)
   ridge, _ = asap_jax.compile(
-    teacher, batches, SLICES, directions="gaussian", features=("potentials",), seed=seed
+    teacher,
+    batches,
+    SLICES,
+    directions="gaussian",
+    features=("potentials",),
+    refine=False,
+    seed=seed,
   )
   print(report)
   asap_jax.save(out / "compiled", compiled)

@@ -1,5 +1,6 @@
 """results.json: one format for every experiment, written whole or not at all."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -12,6 +13,18 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.table import Table
+
+
+def new_directory(name: str) -> pathlib.Path:
+  """Type of an argument of argparse: a directory that holds nothing yet.
+
+  Raises:
+    argparse.ArgumentTypeError: if it does, as results are not overwritten.
+  """
+  path = pathlib.Path(name)
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise argparse.ArgumentTypeError(f"{path} is not empty: name a new directory")
+  return path
 
 
 def environment() -> dict[str, Any]:

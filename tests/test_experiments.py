@@ -1,5 +1,6 @@
 """What experiments share, and the quickstart from end to end on a few steps."""
 
+import argparse
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from experiments import quickstart
 from experiments.data import batches_of, digits, shift_digits
-from experiments.results import write_results
+from experiments.results import new_directory, write_results
 
 
 def test_digits_are_split_by_seed_without_overlap():
@@ -35,6 +36,22 @@ def test_shifted_digits_are_moved_by_a_pixel_at_most():
 def test_batches_are_whole():
   batches = batches_of(np.arange(10), 4)
   np.testing.assert_array_equal(batches, [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("size", [4, 5, 20])
+def test_batches_that_keep_the_rest_hold_everything(size):
+  batches = batches_of(np.arange(10), size, keep_rest=True)
+  np.testing.assert_array_equal(np.concatenate(batches), np.arange(10))
+  assert {len(batch) for batch in batches[:-1]} <= {size}
+
+
+def test_results_go_to_new_directories_alone(tmp_path):
+  assert new_directory(str(tmp_path)) == tmp_path
+  assert new_directory(str(tmp_path / "new")) == tmp_path / "new"
+  (tmp_path / "results.json").write_text("{}")
+  for name in (tmp_path, tmp_path / "results.json"):
+    with pytest.raises(argparse.ArgumentTypeError, match="name a new directory"):
+      new_directory(str(name))
 
 
 def test_results_are_replaced_whole(tmp_path):
