@@ -47,7 +47,7 @@ def compile(
   hidden: int = 64,
   ridge: float = 1e-6,
   refine: bool = True,
-  refine_steps: int = 1000,
+  refine_steps: int = 2000,
   target_tv: float | None = None,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
   seed: int = 0,

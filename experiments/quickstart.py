@@ -23,7 +23,7 @@ from experiments.models import Encoder, EncoderConfig
 from experiments.results import new_directory, print_rows, write_results
 from experiments.train import TrainConfig, accuracy, predict, train_classifier
 
-ITERATIONS, CUTS, SLICES = 20, (1, 2, 3, 5), 8
+ITERATIONS, CUTS, SLICES, REFINE_STEPS = 20, (1, 2, 3, 5), 8, 500
 MODEL = EncoderConfig(length=64, token_size=1, classes=10)
 
 
@@ -36,7 +36,9 @@ def main() -> None:
   run(args.out, args.seed, args.steps)
 
 
-def run(out: pathlib.Path, seed: int, steps: int) -> list[dict]:
+def run(
+  out: pathlib.Path, seed: int, steps: int, refine_steps: int = REFINE_STEPS
+) -> list[dict]:
   """The whole experiment; returns the rows that it writes to `out/results.json`."""
   started, seconds = time.perf_counter(), {}
   data = digits(seed)
@@ -59,7 +61,9 @@ def run(out: pathlib.Path, seed: int, steps: int) -> list[dict]:
 
   mark = time.perf_counter()
   batches = batches_of(data.train.inputs, 64)
-  compiled, report = asap_jax.compile(teacher, batches, SLICES, seed=seed)
+  compiled, report = asap_jax.compile(
+    teacher, batches, SLICES, refine_steps=refine_steps, seed=seed
+  )
   ridge, _ = asap_jax.compile(
     teacher,
     batches,

@@ -70,7 +70,7 @@ def test_quickstart_runs_from_end_to_end(tmp_path, monkeypatch):
 
   monkeypatch.setattr(quickstart, "digits", few_digits)
   out = tmp_path / "out"
-  quickstart.run(out, seed=0, steps=3)
+  quickstart.run(out, seed=0, steps=3, refine_steps=2)
   results = json.loads((out / "results.json").read_text())
   rows = {row["method"]: row for row in results["rows"]}
   assert list(rows) == [
