@@ -12,6 +12,7 @@ from flax import nnx
 
 from asap_jax.attention import sinkhorn_attention
 from asap_jax.directions import DirectionKind
+from asap_jax.distillation import distil
 from asap_jax.dual_map import KINDS, DualMap
 from asap_jax.fidelity import Operator
 from asap_jax.fitting import FitOptions, fit_layers
@@ -20,7 +21,7 @@ from asap_jax.measure import Measured, cuts, measure
 from asap_jax.observe import Layer, Observer
 from asap_jax.report import LayerReport, Report
 from asap_jax.selection import select
-from asap_jax.surgery import Site, replace_sites
+from asap_jax.surgery import Site, held_at, replace_sites
 
 
 class Compiled(NamedTuple):
@@ -49,6 +50,7 @@ def compile(
   refine: bool = True,
   refine_steps: int = 2000,
   target_tv: float | None = None,
+  distil_steps: int = 0,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
   seed: int = 0,
   progress: bool = True,
@@ -87,6 +89,8 @@ def compile(
       on this device: a dual map with or without sorting and with one closure or more,
       or Sinkhorn cut short. Where none does, the teacher's attention stays and a
       warning says so. `slices` and `closures` are then upper bounds.
+    distil_steps: steps of a second stage that trains all dual maps together on the
+      teacher's outputs (`asap_jax.distil`, which takes more options).
     call: how a batch is given to the model.
     seed: of random directions, of networks and of the order of refinement.
     progress: whether to show progress bars.
@@ -102,6 +106,8 @@ def compile(
   start = time.perf_counter()
   if target_tv is not None and not target_tv >= 0:
     raise ValueError(f"target_tv={target_tv}: expected a number from 0 to 1, or None")
+  if distil_steps < 0:
+    raise ValueError(f"distil_steps={distil_steps}: expected at least 0")
   teacher = Observer(model, batches, call, progress)
   options = FitOptions(
     slices=slices,
@@ -132,6 +138,23 @@ def compile(
     chosen = [of_layer[1] for of_layer in measured]
   else:
     measured, chosen, fitted = select(teacher, options, target_tv)
+  replacements = [_function(site, teacher.layers, chosen) for site in teacher.sites]
+  compiled = replace_sites(model, teacher.sites, replacements)
+  if distil_steps and any(each.operator.kind == "asap" for each in chosen):
+    compiled = distil(
+      compiled,
+      model,
+      teacher.batches,
+      distil_steps,
+      call=call,
+      seed=seed,
+      progress=progress,
+    ).model
+    chosen = _measured_again(teacher, compiled, chosen)
+    measured = [
+      [stands if each.label == stands.label else each for each in of_layer]
+      for stands, of_layer in zip(chosen, measured, strict=True)
+    ]
   report = Report(
     layers=tuple(
       _layer_report(layer, of_layer, stands, fitted[index].seconds if fitted else 0.0)
@@ -144,8 +167,23 @@ def compile(
     tokens=fitted[0].tokens if fitted else 0,
     seconds=time.perf_counter() - start,
   )
-  replacements = [_function(site, teacher.layers, chosen) for site in teacher.sites]
-  return Compiled(replace_sites(model, teacher.sites, replacements), report)
+  return Compiled(compiled, report)
+
+
+def _measured_again(
+  teacher: Observer, model: nnx.Module, chosen: list[Measured]
+) -> list[Measured]:
+  """What was chosen, with the dual maps that now stand in the compiled model."""
+  operators = []
+  for layer, measured in zip(teacher.layers, chosen, strict=True):
+    operator = measured.operator
+    if operator.kind == "asap":
+      held = held_at(model, layer.site).dual_map
+      if layer.index is not None:
+        held = jax.tree.map(lambda leaf: leaf[layer.index], held)  # noqa: B023
+      operator = Operator("asap", dual_map=held)
+    operators.append([operator])
+  return [of_layer[1] for of_layer in measure(teacher, operators)]
 
 
 def _function(

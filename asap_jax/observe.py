@@ -54,6 +54,7 @@ class Observer:
     progress: whether streams show a progress bar.
 
   Attributes:
+    batches: as given, or stored.
     sites: of the model's Sinkhorn attentions.
     layers: at those sites, in the model's order.
 
@@ -75,10 +76,10 @@ class Observer:
         "model holds no Sinkhorn attention: expected a module with an attribute that "
         "is sinkhorn_attention or functools.partial(sinkhorn_attention, ...)"
       )
-    self._batches = list(batches) if iter(batches) is batches else batches
+    self.batches = list(batches) if iter(batches) is batches else batches
     self._record = recorder(model, self.sites, call)
     self._progress = progress
-    first = next(iter(self._batches), None)
+    first = next(iter(self.batches), None)
     if first is None:
       raise ValueError("batches is empty: expected at least two batches")
     self.layers = _layers(self.sites, _shapes_seen(self._record, first))
@@ -90,7 +91,7 @@ class Observer:
       ValueError: if activations are not finite, or a mask is not the outer product of
         valid queries and valid keys.
     """
-    batches = track(self._batches, description, disable=not self._progress)
+    batches = track(self.batches, description, disable=not self._progress)
     for index, batch in enumerate(batches):
       if is_held_out(index) == held_out:
         calls = _unstack(self._record(batch))

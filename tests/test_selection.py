@@ -142,6 +142,7 @@ def test_choice_is_the_fastest_of_the_close_in_all_layers_of_a_site():
   [
     ({"target_tv": -0.1}, "target_tv=-0.1"),
     ({"closures": 0}, "closures=0"),
+    ({"distil_steps": -1}, "distil_steps=-1"),
     ({"hidden": 1}, "hidden=1"),
     ({"refine_steps": 0}, "refine_steps=0"),
   ],
@@ -152,7 +153,9 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-  "options", [{"hidden": 0}, {"closures": 3}, {"features": ("query",)}], ids=str
+  "options",
+  [{"hidden": 0}, {"closures": 3}, {"features": ("query",)}, {"distil_steps": 3}],
+  ids=str,
 )
 def test_every_option_gives_a_model_that_runs(options):
   options = {"hidden": 4, "refine_steps": 3} | options
@@ -166,3 +169,22 @@ def test_every_option_gives_a_model_that_runs(options):
   assert attention(model).dual_map.closures == options.get("closures", 1)
   gradient = jax.grad(lambda x: model(x).sum())(models.batches()[0])
   assert np.isfinite(gradient).all()
+
+
+def test_the_report_is_of_the_distilled_maps():
+  model, report = asap_jax.compile(
+    TEACHER(),
+    models.batches()[:3],
+    2,
+    refine=False,
+    distil_steps=20,
+    progress=False,
+  )
+  plain = asap_jax.compile(
+    TEACHER(), models.batches()[:3], 2, refine=False, progress=False
+  )
+  found = attention(model).dual_map
+  assert not np.array_equal(found.weights, attention(plain.model).dual_map.weights)
+  (layer,) = report.layers
+  assert layer.tv.mean() != plain.report.layers[0].tv.mean()
+  np.testing.assert_allclose(layer.standing.tv, layer.tv.mean(), rtol=1e-6)
