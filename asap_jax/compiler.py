@@ -87,8 +87,9 @@ def compile(
     target_tv: total variation to the teacher's plan that is close enough. If given,
       each layer gets the operator that reaches it on held-out batches and is fastest
       on this device: a dual map with or without sorting and with one closure or more,
-      or Sinkhorn cut short. Where none does, the teacher's attention stays and a
-      warning says so. `slices` and `closures` are then upper bounds.
+      or Sinkhorn cut short. Where none does, the teacher's attention stays, with all
+      its iterations in whichever implementation is faster, and a warning says so.
+      `slices` is then an upper bound.
     distil_steps: steps of a second stage that trains all dual maps together on the
       teacher's outputs (`asap_jax.distil`, which takes more options).
     call: how a batch is given to the model.

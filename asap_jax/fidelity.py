@@ -15,6 +15,7 @@ from asap_jax.attention import sinkhorn_attention, softmax_attention
 from asap_jax.c_transform import Duals, apply_plan, c_transform, closure, closures, plan
 from asap_jax.dual_map import DualMap, predict_dual
 from asap_jax.fused import scaled_attention
+from asap_jax.scaling import scaled_plan
 from asap_jax.sinkhorn import sinkhorn_duals, sinkhorn_source_dual
 from asap_jax.surgery import Activation, bound_arguments
 from asap_jax.weights import centre, valid_pairs
@@ -127,7 +128,8 @@ def _duals(
     relaxation = dual_map.relaxation
     return closures(logits, f, dual_map.closures, *masks, relaxation=relaxation), f
   if kind in ("sinkhorn", "ott"):
-    return sinkhorn_duals(logits, iterations, *masks), None
+    start = jnp.zeros(logits.shape[:-1], logits.dtype)
+    return scaled_plan(logits, start, iterations, *masks).duals, None
   g = jnp.zeros((*logits.shape[:-2], logits.shape[-1]))
   return Duals(c_transform(logits, g, *masks, to="query"), g), None
 

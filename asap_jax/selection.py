@@ -60,8 +60,9 @@ def select(
   choices = [Choice(target_tv) for _ in members]
   of_cuts = measure(teacher, [cuts(layer.site.iterations) for layer in layers])
   for choice, of_site in zip(choices, members, strict=True):
+    # Behind the teacher and before its uncut form stand those that stop earlier.
     choice.measured = [
-      list(each) for each in zip(*(of_cuts[i][1:] for i in of_site), strict=True)
+      list(each) for each in zip(*(of_cuts[i][1:-1] for i in of_site), strict=True)
     ]
   candidates = list(_candidates(options))
   times = _untrained_milliseconds(teacher, candidates)
@@ -79,19 +80,26 @@ def select(
     measured = measure(teacher, [[_operator(fit)] for fit in fits])
     for site in open_sites:
       choices[site].measured.append([measured[i][1] for i in members[site]])
-  chosen: list[Measured] = [of_layer[0] for of_layer in of_cuts]
+  chosen: list[Measured] = [
+    min(of_layer[0], of_layer[-1], key=lambda m: m.milliseconds)._replace(
+      label=of_layer[0].label
+    )
+    for of_layer in of_cuts
+  ]
   for site, choice, of_site in zip(teacher.sites, choices, members, strict=True):
     best = choice.best
     if best is None:
       warnings.warn(
         f"{site.name}: no operator reaches target_tv={target_tv}; the teacher's "
-        "Sinkhorn attention stays there",
+        "Sinkhorn attention stays there, with all its iterations",
         stacklevel=3,
       )
       continue
     for index, of_layer in zip(of_site, best, strict=True):
       chosen[index] = of_layer
-  everything: list[list[Measured]] = [[of_layer[0]] for of_layer in of_cuts]
+  everything: list[list[Measured]] = [
+    [of_layer[0], of_layer[-1]] for of_layer in of_cuts
+  ]
   for choice, of_site in zip(choices, members, strict=True):
     for each in choice.measured:
       for index, of_layer in zip(of_site, each, strict=True):

@@ -14,6 +14,7 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn as ott_sinkhorn
 
 from asap_jax.c_transform import Duals
+from asap_jax.scaling import scaled_plan
 from asap_jax.sinkhorn_gradient import unrolled_cotangents
 from asap_jax.weights import (
   Weights,
@@ -131,14 +132,17 @@ def sinkhorn_source_dual(
   """The query-side dual that the last of `iterations` full iterations consumed.
 
   Closing it (`asap_jax.c_transform.closure`) gives back the plan of all `iterations`,
-  converged or not: the target of calibration. Works under jit, vmap and grad;
-  arguments and errors as in `sinkhorn_duals`.
+  converged or not: the target of calibration, computed in the scaling domain, which is
+  several times faster than `sinkhorn_duals`. Works under jit, vmap and grad; arguments
+  and errors as there.
   """
-  if iterations == 1:
-    check_weights("query_weights", query_weights, logits.shape[-2])
-    check_weights("key_weights", key_weights, logits.shape[-1])
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    return jnp.zeros(logits.shape[:-1], dtype)
   if iterations < 1:
     raise ValueError(f"iterations={iterations}: expected at least one full iteration")
-  return sinkhorn_duals(logits, iterations - 1, query_weights, key_weights).f
+  check_weights("query_weights", query_weights, logits.shape[-2])
+  check_weights("key_weights", key_weights, logits.shape[-1])
+  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  start = jnp.zeros(logits.shape[:-1], dtype)
+  if iterations == 1:
+    return start
+  before = scaled_plan(logits, start, iterations - 1, query_weights, key_weights)
+  return before.duals.f

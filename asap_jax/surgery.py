@@ -141,7 +141,15 @@ def recorder(
   The model runs as it stands, in evaluation mode (no dropout); it is not changed.
   """
   listening = replace_sites(
-    model, sites, [_Recorder(site.function, site.options) for site in sites]
+    # The plan is the same in the scaling domain, and the forward pass faster.
+    model,
+    sites,
+    [
+      _Recorder(
+        functools.partial(site.function, implementation="scaling"), site.options
+      )
+      for site in sites
+    ],
   )
   listening.eval()
   graph, state = nnx.split(listening)

@@ -46,7 +46,10 @@ def attention(model):
 def test_any_operator_will_do_and_the_fastest_is_taken():
   result = compile(target_tv=1.0)
   (layer,) = result.report.layers
-  fastest = min(layer.alternatives, key=lambda a: a.milliseconds)
+  uncut = f"sinkhorn@{models.ITERATIONS}"
+  fastest = min(
+    (a for a in layer.alternatives if a.label != uncut), key=lambda a: a.milliseconds
+  )
   assert layer.chosen == fastest.label
   assert layer.milliseconds == fastest.milliseconds
 
@@ -63,7 +66,8 @@ def test_a_map_is_chosen_where_it_is_faster(monkeypatch):
   assert layer.chosen.startswith("asap")
   assert layer.tv.mean() <= target
   assert isinstance(attention(result.model), AsapAttention)
-  closer = [a for a in layer.alternatives if a.tv <= target]
+  uncut = f"sinkhorn@{models.ITERATIONS}"
+  closer = [a for a in layer.alternatives if a.tv <= target and a.label != uncut]
   assert layer.milliseconds == min(a.milliseconds for a in closer)
   # What could not have been faster was not fitted.
   labels = {a.label for a in layer.alternatives}
@@ -104,8 +108,8 @@ def test_the_teacher_stays_where_nothing_is_close_enough():
   assert layer.tv.max() < 1e-5
   assert "teacher" in str(result.report)
   x = models.batches()[0]
-  np.testing.assert_array_equal(
-    models.forward(result.model, x), models.forward(TEACHER(), x)
+  np.testing.assert_allclose(
+    models.forward(result.model, x), models.forward(TEACHER(), x), atol=2e-5
   )
 
 
