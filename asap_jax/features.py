@@ -178,18 +178,21 @@ def _cumulants(
   if products is not None:
     first = jnp.einsum("...nm,...m->...n", products, mass, **_HIGH)
     deviation = products - first[..., None]
-  else:
-    average = mean(key, key_weights, axis=-2)[..., 0, :]
-    first = jnp.einsum("...nd,...d->...n", query, average, **_HIGH)
-    centred = centre(key, key_weights, axis=-2)
-    if size > 2 * dim:  # fewer products, in one pass more
-      weighted = centred * mass[..., None]
-      covariance = jnp.einsum("...md,...me->...de", weighted, centred, **_HIGH)
-      moved = jnp.einsum("...nd,...de->...ne", query, covariance, **_HIGH)
-      second = _inner(moved, query, jnp.ones(dim, query.dtype))
-      return jnp.stack([first, second], axis=-2)
-    deviation = jnp.einsum("...nd,...md->...nm", query, centred, **_HIGH)
-  return jnp.stack([first, _inner(deviation, deviation, mass)], axis=-2)
+    return jnp.stack([first, _inner(deviation, deviation, mass)], axis=-2)
+  average = mean(key, key_weights, axis=-2)[..., 0, :]
+  first = jnp.einsum("...nd,...d->...n", query, average, **_HIGH)
+  centred = centre(key, key_weights, axis=-2)
+  if size > 2 * dim:  # fewer products, in one pass more
+    weighted = centred * mass[..., None]
+    covariance = jnp.einsum("...md,...me->...de", weighted, centred, **_HIGH)
+    moved = jnp.einsum("...nd,...de->...ne", query, covariance, **_HIGH)
+    second = _inner(moved, query, jnp.ones(dim, query.dtype))
+    return jnp.stack([first, second], axis=-2)
+  # Roots of the masses at the keys: nothing stands between the product and its squares,
+  # and XLA keeps it in registers on a CPU.
+  scaled = centred * jnp.sqrt(mass)[..., None]
+  deviation = jnp.einsum("...nd,...md->...nm", query, scaled, **_HIGH)
+  return jnp.stack([first, jnp.sum(deviation * deviation, axis=-1)], axis=-2)
 
 
 def _inner(a: Array, b: Array, mass: Array) -> Array:

@@ -41,9 +41,9 @@ def scaled_attention(
     query: `[..., n, dim]`, carrying the scale of the logits.
     key: `[..., m, dim]`.
     value: `[..., m, features]`.
-    f: query-side dual to start at, `[..., n]`; or what predicts it from query, key,
-      their weights and, where they are at hand, `products`: `asap_jax.predict_dual`,
-      bound to its dual map. The last axis of the batch is that of the heads then.
+    f: query-side dual to start at, `[..., n]`; or what predicts it from query, key and
+      their weights: `asap_jax.predict_dual`, bound to its dual map. The last axis of
+      the batch is that of the heads then.
     count: closures, at least one.
     query_weights: `None`, mask or masses, broadcast to `[..., n]`.
     key_weights: likewise, to `[..., m]`; values of absent keys may hold anything.
@@ -63,12 +63,23 @@ def scaled_attention(
 
   def attend(query, key, value, query_weights, key_weights, relaxation, f):
     weights = query_weights, key_weights
-    logits = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
+
+    def products_of(query, key):
+      return jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
+
+    def logits_of(products):
+      return products if bias is None else products + bias
+
+    def again(after):
+      queries, keys, _ = jax.lax.optimization_barrier(
+        (*jax.lax.stop_gradient((query, key)), after)
+      )
+      return logits_of(products_of(queries, keys))
+
     if f is None:
-      f = predict(query, key, *weights, products=logits)
-    if bias is not None:
-      logits = logits + bias
-    plan = scaled_plan(logits, f, count, *weights, relaxation=relaxation)
+      f = predict(query, key, *weights)
+    logits = logits_of(products_of(query, key))
+    plan = scaled_plan(logits, f, count, *weights, relaxation=relaxation, again=again)
     return plan.apply(value, key_weights, precision=precision)
 
   def by_blocks(*arguments):

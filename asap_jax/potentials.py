@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from asap_jax.sorting import first_of_equals, inverse, order_of, search
+from asap_jax.sorting import ascending, first_of_equals, inverse, search
 from asap_jax.weights import Weights, check_weights, masses, valid, zero_invalid
 
 # Masses closer than this (of a total of one) are one jump: float32 sums err by less.
@@ -166,13 +166,11 @@ def _sort(
   exact = all(w is None or w.dtype == jnp.bool_ for w in (x_weights, y_weights))
   x, y = _infinite(x, x_weights), _infinite(y, y_weights)
   if x.shape == y.shape:  # both sides in one sort
-    orders = order_of(jnp.stack([x, y]))
+    sides = zip(*ascending(jnp.stack([x, y])), strict=True)
   else:
-    orders = order_of(x), order_of(y)
-  return (
-    _describe(x, orders[0], x_weights, exact),
-    _describe(y, orders[1], y_weights, exact),
-  )
+    sides = ascending(x), ascending(y)
+  of_x, of_y = sides
+  return _describe(*of_x, x_weights, exact), _describe(*of_y, y_weights, exact)
 
 
 def _infinite(x: Array, weights: Weights) -> Array:
@@ -181,19 +179,18 @@ def _infinite(x: Array, weights: Weights) -> Array:
   return x if mask is None else jnp.where(mask, x, jnp.inf)
 
 
-def _describe(points: Array, order: Array, weights: Weights, exact: bool) -> _Sorted:
-  n = points.shape[-1]
-  values = _take(points, order)
+def _describe(values: Array, order: Array, weights: Weights, exact: bool) -> _Sorted:
+  n = values.shape[-1]
   # Equal points share the first of their places: their potentials are equal, too.
   places = first_of_equals(jnp.where(jnp.isfinite(values), values, jnp.nan))
-  rank = _take(places, inverse(order))
+  rank = inverse(order, places)
   mask, count = valid(weights), n
   if mask is not None:
-    count = jnp.broadcast_to(mask, points.shape).sum(-1, keepdims=True)
+    count = jnp.broadcast_to(mask, values.shape).sum(-1, keepdims=True)
     values = jnp.where(jnp.arange(n) < count, values, 0.0)
   if exact:
     return _Sorted(values, rank, count, None)
-  mass = _take(jnp.broadcast_to(masses(weights, n), points.shape), order)
+  mass = _take(jnp.broadcast_to(masses(weights, n), values.shape), order)
   return _Sorted(values, rank, count, jnp.cumsum(mass, axis=-1))
 
 

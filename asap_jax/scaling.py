@@ -11,6 +11,7 @@ one more exponential.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -94,27 +95,33 @@ def scaled_plan(
   key_weights: Weights = None,
   *,
   relaxation: Float[Array, "..."] | None = None,
+  again: Callable[[Array], Array] | None = None,
 ) -> ScaledPlan:
   """The plan of `asap_jax.c_transform.closures`, with as few exponentials as is safe.
 
   From f = 0 it is Sinkhorn cut to `count` iterations. Rows are exact. Works under jit,
   vmap and grad, whatever the logits. Derivatives are right to first order; for second
   ones of several closures take `closures`, for JAX drops custom rules inside a scan
-  there. Arguments and errors as in `closures`.
+  there. Arguments and errors as in `closures`; `again` forms the logits anew where a
+  half-iteration has to be, so that the kernel can take their place in memory. It is
+  given an array to wait for, lest XLA form them ahead.
   """
   check_closures(count, relaxation)
   check_logits(logits, query_weights, key_weights)
   n, m = logits.shape[-2:]
   dtype = jnp.promote_types(jnp.promote_types(logits.dtype, f.dtype), jnp.float32)
   logits = logits.astype(dtype)
+  if again is None:
+    again = lambda _: logits  # noqa: E731
   f = jnp.broadcast_to(zero_invalid(f.astype(dtype), query_weights), logits.shape[:-1])
   marginals = (
     row_sums(query_weights, n).astype(dtype),
     column_sums(query_weights, key_weights, n, m).astype(dtype),
   )
   pairs = valid_pairs(query_weights, key_weights)
-  to_keys = _Half(logits, pairs, query_weights, key_weights, marginals[1], axis=-2)
-  to_queries = _Half(logits, pairs, key_weights, query_weights, marginals[0], axis=-1)
+  logits_ = logits, again, pairs
+  to_keys = _Half(*logits_, query_weights, key_weights, marginals[1], axis=-2)
+  to_queries = _Half(*logits_, key_weights, query_weights, marginals[0], axis=-1)
 
   def step(carry, omega):
     kernel, queries, keys, start = carry
@@ -130,7 +137,9 @@ def scaled_plan(
     return (kernel, queries, keys, dual), None
 
   kernel, queries, keys = to_keys.start(f)
-  kernel, keys, queries = to_queries(kernel, keys, queries.absorbed)
+  kernel, keys, queries = to_queries(
+    kernel, keys, queries.absorbed, functools.partial(to_keys.dual_of, f, keys.scaling)
+  )
   carry = kernel, queries, keys, f
   if count > 1:
     if relaxation is not None:
@@ -154,6 +163,7 @@ class _Half(NamedTuple):
   """Half a closure: from the scaling of the side summed over to that of the other."""
 
   logits: Array
+  again: Callable[[Array], Array]  # the logits once more
   pairs: Bool[Array, "..."] | None
   weights: Weights  # of the side summed over
   target_weights: Weights
@@ -161,11 +171,16 @@ class _Half(NamedTuple):
   axis: int  # summed over
 
   def __call__(
-    self, kernel: Array, side: _Side, opposite: Array
+    self,
+    kernel: Array,
+    side: _Side,
+    opposite: Array,
+    dual_of: Callable[[Array], Array] | None = None,
   ) -> tuple[Array, _Side, _Side]:
     """The kernel, the side it came from, and the other; `opposite` is absorbed there.
 
-    Differentiation sees none of the absorbing, which changes no value.
+    Differentiation sees none of the absorbing, which changes no value. `dual_of` gives
+    the side's dual, from the logits, without what only absorbing would need of it.
     """
     kernel, scaling, dual, absorbed, opposite = jax.lax.stop_gradient(
       (kernel, *side, opposite)
@@ -174,31 +189,35 @@ class _Half(NamedTuple):
     kept = self._in_range(sums, scaling)
 
     def absorb(carry):
-      return *self._absorb(dual), dual, jnp.ones((), bool)
+      logits = jax.lax.stop_gradient(self.again(carry[-1])).astype(kernel.dtype)
+      absorbed = dual if dual_of is None else dual_of(logits)
+      return *self._absorb(logits, absorbed), absorbed, jnp.ones((), bool)
 
     # A loop of no or one turn copies no kernel, as a branch would; and under vmap a
     # branch would always be taken.
     kernel, sums, opposite, absorbed, _ = jax.lax.while_loop(
       lambda carry: ~carry[-1], absorb, (kernel, sums, opposite, absorbed, kept)
     )
-    anew = self._one(side.dual)
+    anew = zero_invalid(_one(side.dual), self.weights)
     side = _Side(jnp.where(kept, side.scaling, anew), side.dual, absorbed)
     return self._finish(kernel, sums, side, opposite)
 
   def start(self, dual: Array) -> tuple[Array, _Side, _Side]:
     """The same with `dual` absorbed at once: the sums lie between one and the size."""
-    kernel, sums, opposite = self._absorb(jax.lax.stop_gradient(dual))
-    side = _Side(self._one(dual), dual, jax.lax.stop_gradient(dual))
+    kernel, sums, opposite = self._absorb(self.logits, jax.lax.stop_gradient(dual))
+    one = zero_invalid(_one(dual), self.weights)
+    side = _Side(one, dual, jax.lax.stop_gradient(dual))
     return self._finish(kernel, sums, side, opposite)
 
-  def _absorb(self, dual: Array) -> tuple[Array, Array, Array]:
+  def _absorb(self, logits: Array, dual: Array) -> tuple[Array, Array, Array]:
     """Kernel, its sums and what the other side absorbed: minus the largest scores."""
-    logits = jax.lax.stop_gradient(self.logits)
+    logits = jax.lax.stop_gradient(logits)
     scores = logits + jnp.expand_dims(dual, -3 - self.axis)
     if self.pairs is not None:
       scores = jnp.where(self.pairs, scores, _LOG_ZERO)
     largest = scores.max(self.axis, keepdims=True)
-    largest = jnp.where(largest > _LOG_ZERO / 2, largest, 0.0)
+    if self.pairs is not None:
+      largest = jnp.where(largest > _LOG_ZERO / 2, largest, 0.0)
     kernel = jnp.exp(scores - largest)
     return kernel, kernel.sum(self.axis), -largest.squeeze(self.axis)
 
@@ -210,19 +229,25 @@ class _Half(NamedTuple):
     inside = (sums >= least) & (largest <= _LARGEST)
     return (inside | (self.marginal == 0)).all()
 
-  def _one(self, dual: Array) -> Array:
-    """Scalings of a dual that is absorbed: one, with the gradient of the dual."""
-    one = jnp.exp(dual - jax.lax.stop_gradient(dual))
-    return zero_invalid(one, self.weights)
-
   def _finish(
     self, kernel: Array, sums: Array, side: _Side, opposite: Array
   ) -> tuple[Array, _Side, _Side]:
     kernel, sums = _differentiable(self.logits, side.scaling, kernel, sums, self.axis)
     scaling = _ratio(self.marginal, jnp.where(sums == 0, 1.0, sums))
+    return kernel, side, _Side(scaling, self._dual(scaling, opposite), opposite)
+
+  def dual_of(self, start: Array, scaling: Array, logits: Array) -> Array:
+    """The other side's dual after `start`, given its scaling.
+
+    The largest scores are looked for anew: where the first search for them has one use
+    only, XLA fuses it with the exponential on a CPU.
+    """
+    start, scaling = jax.lax.stop_gradient((start, scaling))
+    return self._dual(scaling, self._absorb(logits, start)[2])
+
+  def _dual(self, scaling: Array, absorbed: Array) -> Array:
     present = jnp.where(scaling == 0, 1.0, scaling)
-    dual = zero_invalid(opposite + jnp.log(present), self.target_weights)
-    return kernel, side, _Side(scaling, dual, opposite)
+    return zero_invalid(absorbed + jnp.log(present), self.target_weights)
 
 
 def _contract(kernel: Array, scaling: Array, axis: int) -> Array:
@@ -246,6 +271,17 @@ def _differentiable_jvp(axis, primals, tangents):
   kernel_dot = kernel * tangents[0]
   sums_dot = _contract(kernel, tangents[1], axis) + _contract(kernel_dot, scaling, axis)
   return (kernel, sums), (kernel_dot, sums_dot)
+
+
+@jax.custom_jvp
+def _one(dual: Array) -> Array:
+  """Scalings of a dual that is absorbed: one, with the gradient of the dual."""
+  return jnp.ones_like(dual)
+
+
+@_one.defjvp
+def _one_jvp(primals, tangents):
+  return _one(*primals), tangents[0]
 
 
 @jax.custom_jvp

@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 # A network of more points takes longer to compile than it saves, as do fewer numbers
@@ -28,24 +29,50 @@ def order_of(x: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
   What `jnp.argsort` gives, several times faster on a CPU. Works under jit and vmap; the
   gradient is zero. Rows that hold NaN come in any order.
   """
-  x = jax.lax.stop_gradient(x)
+  return ascending(jax.lax.stop_gradient(x))[1]
+
+
+@jax.custom_jvp
+def ascending(
+  x: Float[Array, "*batch n"],
+) -> tuple[Float[Array, "*batch n"], Int[Array, "*batch n"]]:
+  """Each row's points in ascending order, and their places as of `order_of`.
+
+  Works under jit, vmap and grad.
+  """
   n = x.shape[-1]
   if n > _MOST_POINTS:  # few bits would be left to tell points apart
-    return jnp.argsort(x, axis=-1).astype(jnp.int32)
+    order = jnp.argsort(x, axis=-1).astype(jnp.int32)
+    return _take(x, order), order
   order = (_sort(_packed(x)) & ((1 << _index_bits(n)) - 1)).astype(jnp.int32)
   return _mend(x, order)
 
 
-def inverse(order: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
-  """The inverse of each row's permutation: where each point went."""
+@ascending.defjvp
+def _ascending_jvp(primals, tangents):
+  values, order = ascending(*primals)
+  still = np.zeros(order.shape, jax.dtypes.float0)
+  return (values, order), (_take(tangents[0], order), still)
+
+
+def inverse(
+  order: Int[Array, "*batch n"], places: Int[Array, "*batch n"] | None = None
+) -> Int[Array, "*batch n"]:
+  """The inverse of each row's permutation: where each point went.
+
+  Or, given `places`, what stands there in them: places[inverse(order)].
+  """
   *batch, n = order.shape
   rows = order.reshape(-1, n)
   flat = (rows + n * jnp.arange(rows.shape[0], dtype=order.dtype)[:, None]).reshape(-1)
-  place = jnp.broadcast_to(jnp.arange(n, dtype=order.dtype), rows.shape).reshape(-1)
+  if places is None:
+    places = jnp.broadcast_to(jnp.arange(n, dtype=order.dtype), rows.shape)
   found = jnp.zeros_like(flat).at[flat]
-  return found.set(place, unique_indices=True, mode="promise_in_bounds").reshape(
-    *batch, n
-  )
+  return found.set(
+    places.reshape(-1).astype(order.dtype),
+    unique_indices=True,
+    mode="promise_in_bounds",
+  ).reshape(*batch, n)
 
 
 def first_of_equals(ordered: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
@@ -91,7 +118,7 @@ def _sort(keys: Array) -> Array:
   return sort(keys)
 
 
-def _mend(x: Array, order: Array) -> Array:
+def _mend(x: Array, order: Array) -> tuple[Array, Array]:
   """Exchanges neighbours until all rows ascend: seldom more than a turn or two."""
   even = jnp.arange(x.shape[-1]) % 2 == 0
 
@@ -109,8 +136,11 @@ def _mend(x: Array, order: Array) -> Array:
   def turn(carry):
     return exchange(exchange(carry, even), ~even)
 
-  values = jnp.take_along_axis(x, order, axis=-1, mode="promise_in_bounds")
-  return jax.lax.while_loop(_descends, turn, (values, order))[1]
+  return jax.lax.while_loop(_descends, turn, (_take(x, order), order))
+
+
+def _take(values: Array, index: Array) -> Array:
+  return jnp.take_along_axis(values, index, axis=-1, mode="promise_in_bounds")
 
 
 def _descends(carry: tuple[Array, Array]) -> Bool[Array, ""]:
