@@ -49,7 +49,7 @@ def compile(
   hidden: int = 64,
   ridge: float = 1e-6,
   refine: bool = True,
-  refine_steps: int = 2000,
+  refine_steps: int = 3000,
   target_tv: float | None = None,
   distil_steps: int = 0,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
