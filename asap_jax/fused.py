@@ -79,7 +79,9 @@ def scaled_attention(
     if f is None:
       f = predict(query, key, *weights)
     logits = logits_of(products_of(query, key))
-    plan = scaled_plan(logits, f, count, *weights, relaxation=relaxation, again=again)
+    # Over many closures sharp logits are needed time and again: those are kept.
+    anew = again if count == 1 else None
+    plan = scaled_plan(logits, f, count, *weights, relaxation=relaxation, again=anew)
     return plan.apply(value, key_weights, precision=precision)
 
   def by_blocks(*arguments):

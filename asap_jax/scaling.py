@@ -137,9 +137,9 @@ def scaled_plan(
     return (kernel, queries, keys, dual), None
 
   kernel, queries, keys = to_keys.start(f)
-  kernel, keys, queries = to_queries(
-    kernel, keys, queries.absorbed, functools.partial(to_keys.dual_of, f, keys.scaling)
-  )
+  # The next closure needs what is absorbed at the keys: nothing to be gained then.
+  dual_of = functools.partial(to_keys.dual_of, f, keys.scaling) if count == 1 else None
+  kernel, keys, queries = to_queries(kernel, keys, queries.absorbed, dual_of)
   carry = kernel, queries, keys, f
   if count > 1:
     if relaxation is not None:
