@@ -1,0 +1,238 @@
+"""Training that can be killed: same batches, same dropout, same result when resumed."""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
+
+from experiments.checkpoints import Checkpoints, MetricsLog
+from experiments.train import TrainConfig, transformation
+
+COLUMNS = ("step", "loss", "accuracy", "held_out_accuracy", "examples_per_second")
+_LOG_EVERY = 20
+
+Batch = dict[str, Any]
+HeldOut = Callable[[], Iterator[Batch]]
+
+
+class TrainState(NamedTuple):
+  """All arrays that a step changes or needs.
+
+  Attributes:
+    params: of the model.
+    optimizer: of Optax.
+    rest: the model's other variables.
+    key: key data of the run's random numbers; those of a step follow from its number.
+  """
+
+  params: nnx.State
+  optimizer: optax.OptState
+  rest: nnx.State
+  key: jax.Array
+
+
+class Trained(NamedTuple):
+  """Result of `train`.
+
+  Attributes:
+    model: with the parameters that were best on the held-out batches.
+    held_out_accuracy: there.
+    best_step: when they were found.
+    seconds: of training, in all processes that had a share in it.
+  """
+
+  model: nnx.Module
+  held_out_accuracy: float
+  best_step: int
+  seconds: float
+
+
+def train(
+  model: nnx.Module,
+  batches: Any,
+  held_out: HeldOut,
+  config: TrainConfig,
+  *,
+  seed: int,
+  checks: int,
+  directory: pathlib.Path,
+  label: str,
+) -> Trained:
+  """Trains on as many steps as `config` says, from the last checkpoint if there is one.
+
+  A batch is spread over all local devices, the parameters are on each of them. What a
+  killed run still does when it is started again equals what it would have done, on a
+  CPU to the last bit.
+
+  Args:
+    model: called as `model(batch, rngs)`, gives class logits; left untouched.
+    batches: an endless iterator of batches with `label`, with `get_state` and
+      `set_state` as Grain's have them.
+    held_out: gives batches that are not trained on, to choose the best parameters by.
+    config: of the optimizer; its `batch_size` is that of `batches`.
+    seed: of dropout.
+    checks: looks at the held-out batches, each of which leaves a checkpoint.
+    directory: of checkpoints and `metrics.csv`.
+    label: of the progress bar.
+
+  Raises:
+    ValueError: if the batch size is no multiple of the number of devices.
+    FloatingPointError: if the loss is not finite.
+  """
+  spread, replicated = _shardings(config.batch_size)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  # A copy: the first step takes the arrays' memory.
+  params, rest = jax.tree.map(jnp.copy, (params, rest))
+  key = jax.random.key_data(jax.random.key(seed))
+  state = TrainState(params, transformation(config).init(params), rest, key)
+  state = jax.device_put(state, replicated)
+  every = max(1, config.steps // checks)
+  with Checkpoints(directory / "checkpoints") as checkpoints:
+    restored = checkpoints.latest(state)
+    start, before = 0, 0.0
+    if restored is not None:
+      start, state, notes = restored
+      batches.set_state(notes["batches"])
+      before = notes["seconds"]
+    log = MetricsLog(directory / "metrics.csv", COLUMNS, start)
+    with log, _Watch(label, config, start) as watch:
+      for step in range(start + 1, config.steps + 1):
+        batch = jax.device_put(next(batches), spread)
+        state, metrics = _step(graph, config, state, batch, step)
+        check = step % every == 0 or step == config.steps
+        if not (check or step % _LOG_EVERY == 0):
+          continue
+        values = watch.read(step, *metrics)
+        if not check:
+          log.write(step=step, **values)
+          continue
+        accuracy = _accuracy(graph, state, held_out())
+        log.write(step=step, **values, held_out_accuracy=accuracy)
+        log.flush()
+        notes = {
+          "batches": batches.get_state(),
+          "seconds": before + watch.seconds,
+          "held_out_accuracy": accuracy,
+        }
+        checkpoints.save(step, state, notes, accuracy)
+    best = checkpoints.best(state)
+  return Trained(
+    nnx.merge(graph, best.arrays.params, best.arrays.rest),
+    best.notes["held_out_accuracy"],
+    best.step,
+    before + watch.seconds,
+  )
+
+
+class _Watch:
+  """A progress bar of a run that knows how fast it is; a context manager."""
+
+  def __init__(self, label: str, config: TrainConfig, start: int):
+    self._label, self._batch_size, self._step = label, config.batch_size, start
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TextColumn(
+        "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}  "
+        "{task.fields[examples_per_second]:.0f} examples/s"
+      ),
+      TimeRemainingColumn(),
+    )
+    nothing = dict.fromkeys(("loss", "accuracy", "examples_per_second"), np.nan)
+    self._bar = self._progress.add_task(
+      label, total=config.steps, completed=start, **nothing
+    )
+    self._start = self._last = time.perf_counter()
+
+  def __enter__(self) -> "_Watch":
+    self._progress.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._progress.stop()
+
+  @property
+  def seconds(self) -> float:
+    """Since the start, in this process."""
+    return time.perf_counter() - self._start
+
+  def read(self, step: int, loss: jax.Array, accuracy: jax.Array) -> dict[str, float]:
+    """Waits for the metrics of a step and shows them, with the speed since the last."""
+    values = {"loss": float(loss), "accuracy": float(accuracy)}
+    if not np.isfinite(values["loss"]):
+      raise FloatingPointError(
+        f"{self._label}: training loss is {values['loss']} after step {step}"
+      )
+    now = time.perf_counter()
+    seen = (step - self._step) * self._batch_size
+    values["examples_per_second"] = seen / (now - self._last)
+    self._step, self._last = step, now
+    self._progress.update(self._bar, completed=step, **values)
+    return values
+
+
+def _shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
+  """Of batches and of all else, over the local devices."""
+  devices = np.array(jax.local_devices())
+  if batch_size % len(devices):
+    raise ValueError(
+      f"batch_size={batch_size}: expected a multiple of the {len(devices)} devices"
+    )
+  mesh = Mesh(devices, ("data",))
+  return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(
+    mesh, PartitionSpec()
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _step(
+  graph: nnx.GraphDef, config: TrainConfig, state: TrainState, batch: Batch, step: int
+) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
+
+  def loss_fn(params):
+    model = nnx.merge(graph, params, state.rest)
+    logits = model(batch, nnx.Rngs(dropout=key))
+    targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+    targets = optax.smooth_labels(targets, config.label_smoothing)
+    right = (logits.argmax(-1) == batch["label"]).mean()
+    return optax.softmax_cross_entropy(logits, targets).mean(), right
+
+  metrics, gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  updates, optimizer = transformation(config).update(
+    gradients, state.optimizer, state.params
+  )
+  params = optax.apply_updates(state.params, updates)
+  return state._replace(params=params, optimizer=optimizer), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _right(
+  graph: nnx.GraphDef, params: nnx.State, rest: nnx.State, batch: Batch
+) -> jax.Array:
+  logits = nnx.merge(graph, params, rest)(batch)
+  return logits.argmax(-1) == batch["label"]
+
+
+def _accuracy(
+  graph: nnx.GraphDef, state: TrainState, batches: Iterator[Batch]
+) -> float:
+  right = [_right(graph, state.params, state.rest, batch) for batch in batches]
+  return float(np.concatenate(right).mean())
