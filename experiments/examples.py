@@ -124,3 +124,10 @@ class Images(Sequence):
       pixels = pixels[..., None]
     label = _label(record, label_key, self._classes, place)
     return {"input": pixels, "label": label}
+
+
+def read_many(examples: Examples, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+  """Examples in the order of `indices`, in the fastest way that they have."""
+  if hasattr(examples, "read"):
+    return examples.read(indices)
+  return (examples[int(i)] for i in indices)

@@ -68,12 +68,13 @@ def find_builder(
     builder = tfds.builder(namespace + names[0], data_dir=data_dir)
     builder.download_and_prepare(file_format="array_record")
   except Exception as error:
-    reason = str(error).strip().split("\n")[0]
+    first = str(error).strip().split("\n")[0]
+    reason = f"{type(error).__name__}: {first}"
     raise RuntimeError(
       f"{named} is not prepared in {_place(data_dir)}, and TFDS could not download and "
-      f"prepare it ({type(error).__name__}: {reason}). Where there are a network and "
-      f"TensorFlow, run `tfds build {namespace}{names[0]} --file_format=array_record`, and pass "
-      f"as data_dir the directory that holds {parts.base}/"
+      f"prepare it ({reason}). Where there are a network and TensorFlow, run `tfds "
+      f"build {namespace}{names[0]} --file_format=array_record`, and pass as data_dir "
+      f"the directory that holds {parts.base}/"
     ) from error
   return builder
 
