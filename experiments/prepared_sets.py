@@ -1,0 +1,104 @@
+"""Where a data set of TensorFlow Datasets (TFDS) is: on disk, or on the network."""
+
+import difflib
+import pathlib
+import re
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+
+class Parts(NamedTuple):
+  """`namespace:base/config:version`, as far as they are given."""
+
+  namespace: str
+  base: str
+  rest: str
+
+
+class Source(Protocol):
+  """What is known of a data set before it is found."""
+
+  config: str | None
+  namespace: str
+
+
+def parts_of(name: str) -> Parts:
+  """A name of TFDS taken apart.
+
+  Raises:
+    ValueError: if it is none.
+  """
+  match = re.fullmatch(r"(\w+:(?!\d))?(\w+)((?:/[^/:]+)?(?::[\d.*]+)?)", name)
+  if match is None:
+    raise ValueError(
+      f"{name!r}: expected the name of a data set of TFDS, like 'mnist' or "
+      "'imdb_reviews/plain_text:1.0.0'"
+    )
+  return Parts(match[1] or "", match[2], match[3])
+
+
+def find_builder(
+  parts: Parts,
+  data_dir: str | pathlib.Path | None,
+  source: Source | None,
+  presets: tuple[str, ...],
+) -> Any:
+  """A builder of TFDS whose data are prepared, downloaded if need be.
+
+  Raises:
+    ValueError: if there is no data set of this name.
+    RuntimeError: if it is not prepared in `data_dir` and cannot be downloaded.
+  """
+  named = parts.base + parts.rest
+  names = [named]
+  if source and source.config and not parts.rest.startswith("/"):
+    names.insert(0, f"{parts.base}/{source.config}{parts.rest}")
+  for candidate in names:
+    try:
+      return builder_from_files(candidate, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+      continue
+  catalogue = tfds.list_builders(with_community_datasets=False)
+  if not (parts.namespace or source or parts.base in catalogue):
+    raise ValueError(_unknown(named, parts.base, data_dir, presets, catalogue))
+  namespace = parts.namespace or (source.namespace if source else "")
+  try:
+    builder = tfds.builder(namespace + names[0], data_dir=data_dir)
+    builder.download_and_prepare(file_format="array_record")
+  except Exception as error:
+    first = str(error).strip().split("\n")[0]
+    reason = f"{type(error).__name__}: {first}"
+    raise RuntimeError(
+      f"{named} is not prepared in {_place(data_dir)}, and TFDS could not download and "
+      f"prepare it ({reason}). Where there are a network and TensorFlow, run `tfds "
+      f"build {namespace}{names[0]} --file_format=array_record`, and pass as data_dir "
+      f"the directory that holds {parts.base}/"
+    ) from error
+  return builder
+
+
+def _place(data_dir: str | pathlib.Path | None) -> str:
+  return f"data_dir={str(data_dir)!r}" if data_dir else "the data directory of TFDS"
+
+
+def _unknown(
+  named: str,
+  base: str,
+  data_dir: str | pathlib.Path | None,
+  presets: tuple[str, ...],
+  catalogue: list[str],
+) -> str:
+  folder = pathlib.Path(data_dir) if data_dir else None
+  here = []
+  if folder and folder.is_dir():
+    here = [path.name for path in folder.iterdir() if path.is_dir()]
+  known = sorted({*presets, *catalogue, *here})
+  close = difflib.get_close_matches(base, known, n=5)
+  hint = f"Did you mean {' or '.join(close)}?" if close else ""
+  prepared = f"There are: {', '.join(sorted(here))}. " if here else ""
+  return (
+    f"{named!r}: neither prepared in {_place(data_dir)} nor in the catalogue of TFDS. "
+    f"{prepared}{hint or 'Presets are ' + ', '.join(presets)}"
+  )

@@ -1,0 +1,128 @@
+"""Texts as token ids."""
+
+import hashlib
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+PAD, UNKNOWN = "[PAD]", "[UNK]"
+_RECIPE = "1"  # to be changed with what `_train` does, so that caches are not reused
+_CHUNK = 4096  # texts encoded in one call
+
+
+def tokenizer_for(
+  texts: Iterable[str], size: int, cache: pathlib.Path, *, name: str = "texts"
+) -> Tokenizer:
+  """A byte-pair encoding of lower-case text, trained on `texts`.
+
+  It is kept in the directory `cache` under `name` and a digest of all that it depends
+  on, the texts among them, and read from there the next time. Token 0 is padding and
+  token 1 stands for characters that `texts` do not have.
+
+  Args:
+    texts: of the training split alone.
+    size: of the vocabulary at most, with both special tokens.
+    cache: directory, made if need be.
+    name: of the data, for people who look into `cache`.
+
+  Raises:
+    ValueError: if `size` is less than 64, there are no texts, or a file of the cache
+      is damaged.
+  """
+  texts = list(texts)
+  if size < 64:
+    raise ValueError(f"size={size}: expected a vocabulary of at least 64 tokens")
+  if not texts:
+    raise ValueError("texts: got none, expected those of a training split")
+  digest = hashlib.sha256(f"{_RECIPE} {tokenizers.__version__} {size}".encode())
+  for text in texts:
+    encoded = text.encode()
+    digest.update(f" {len(encoded)} ".encode() + encoded)
+  stem = re.sub(r"\W+", "-", name)
+  path = cache / f"{stem}-{size}-{digest.hexdigest()[:16]}.json"
+  if path.exists():
+    try:
+      tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+      raise ValueError(f"{path}: not a tokenizer ({error}); delete it") from error
+  else:
+    tokenizer = _train(texts, size)
+    _write(path, tokenizer.to_str())
+  tokenizer.encode_special_tokens = True  # "[PAD]" in a text is text
+  return tokenizer
+
+
+def _train(texts: Sequence[str], size: int) -> Tokenizer:
+  tokenizer = Tokenizer(
+    models.BPE(unk_token=UNKNOWN, continuing_subword_prefix="##", fuse_unk=True)
+  )
+  tokenizer.normalizer = normalizers.Sequence(
+    [
+      normalizers.Replace(Regex(r"<br\s*/?>"), " "),  # IMDb's line ends
+      normalizers.NFKC(),
+      normalizers.Lowercase(),
+    ]
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  trainer = trainers.BpeTrainer(
+    vocab_size=size,
+    special_tokens=[PAD, UNKNOWN],
+    continuing_subword_prefix="##",
+    # A character is a token at the start of words and another one inside.
+    limit_alphabet=min(size // 4, 256),
+    min_frequency=2,
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  return tokenizer
+
+
+def _write(path: pathlib.Path, content: str) -> None:
+  """Writes a file whole or not at all, whoever else writes it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile(
+    "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+  ) as file:
+    file.write(content)
+  os.replace(file.name, path)
+
+
+def encode(
+  tokenizer: Tokenizer,
+  texts: Sequence[str],
+  length: int,
+  *,
+  keep: Literal["start", "end", "both"] = "start",
+) -> tuple[np.ndarray, np.ndarray]:
+  """Token ids int32 [texts, length] and which of them are not padding, bool.
+
+  Every row has a token: a text without any becomes one unknown token. Of texts that
+  are too long, `keep` says which end stays; "both" is half of the tokens from each.
+
+  Raises:
+    ValueError: if `length` is not positive or `keep` none of these.
+  """
+  if length < 1:
+    raise ValueError(f"length={length}: expected at least one token")
+  if keep not in ("start", "end", "both"):
+    raise ValueError(f"keep={keep!r}: expected 'start', 'end' or 'both'")
+  head = {"start": length, "end": 0, "both": length - length // 2}[keep]
+  unknown = tokenizer.token_to_id(UNKNOWN)
+  ids = np.full((len(texts), length), tokenizer.token_to_id(PAD), np.int32)
+  counts = np.empty(len(texts), np.int32)
+  for start in range(0, len(texts), _CHUNK):
+    chunk = tokenizer.encode_batch_fast(texts[start : start + _CHUNK])
+    for row, encoding in enumerate(chunk, start):
+      tokens = encoding.ids or [unknown]
+      if len(tokens) > length:
+        tokens = tokens[:head] + tokens[len(tokens) - (length - head) :]
+      ids[row, : len(tokens)] = tokens
+      counts[row] = len(tokens)
+  return ids, np.arange(length) < counts[:, None]
