@@ -1,14 +1,13 @@
 """The models that experiments train."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 AttentionFn = Callable[..., jax.Array]
-Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,49 +144,3 @@ class Encoder(nnx.Module):
   def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
     dtype = jnp.dtype(config.dtype)
     return nnx.Linear(config.token_size, config.width, dtype=dtype, rngs=rngs)
-
-
-class TextEncoder(Encoder):
-  """Batches of token ids, `ids` and `valid` `[batch, length]`, to class logits."""
-
-  def __call__(self, batch: Batch, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """Class logits `[batch, classes]`; other entries of `batch` are not read."""
-    return super().__call__(batch["ids"], batch["valid"], rngs)
-
-  def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
-    dtype = jnp.dtype(config.dtype)
-    return nnx.Embed(config.token_size, config.width, dtype=dtype, rngs=rngs)
-
-
-class VisionTransformer(Encoder):
-  """Batches of images, `image` `[batch, height, width, channels]`, to class logits.
-
-  `token_size` of its configuration is patch^2 * channels.
-  """
-
-  def __init__(self, config: EncoderConfig, attention_fn, rngs: nnx.Rngs, patch: int):
-    super().__init__(config, attention_fn, rngs)
-    self.patch = patch
-
-  def __call__(self, batch: Batch, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """Class logits `[batch, classes]`; other entries of `batch` are not read."""
-    return super().__call__(patches(batch["image"], self.patch), None, rngs)
-
-
-def patches(images: jax.Array, size: int) -> jax.Array:
-  """Images `[batch, height, width, channels]` as flat square patches, row by row.
-
-  Returns:
-    `[batch, height / size * width / size, size^2 * channels]`.
-
-  Raises:
-    ValueError: if `size` does not divide height and width.
-  """
-  batch, height, width, channels = images.shape
-  if height % size or width % size:
-    raise ValueError(
-      f"images are {height} x {width}: expected multiples of the patch, {size}"
-    )
-  rows, columns = height // size, width // size
-  x = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
-  return x.reshape(batch, rows * columns, size * size * channels)
