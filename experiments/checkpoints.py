@@ -52,6 +52,8 @@ class Checkpoints:
         ),
         save_decision_policy=policies.FixedIntervalPolicy(1),
         cleanup_tmp_directories=True,
+        # Without it, metrics are not written.
+        best_fn=lambda metrics: metrics["accuracy"],
         enable_async_checkpointing=False,
       ),
     )

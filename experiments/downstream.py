@@ -17,8 +17,8 @@ from flax import nnx
 from experiments.attentions import build_attention
 from experiments.checkpoints import write_whole
 from experiments.downstream_data import load
+from experiments.downstream_eval import LEAST_GAIN, recovered
 from experiments.downstream_presets import PRESETS, preset_of
-from experiments.downstream_eval import recovered
 from experiments.downstream_rows import pooled
 from experiments.downstream_run import baseline_row, run_seed
 from experiments.report import draw_accuracy, draw_frontier
@@ -93,7 +93,10 @@ def run(task: Task, args: argparse.Namespace, started: float) -> list[dict[str, 
 
   rows = pooled([each["rows"] for each in per_seed])
   share = recovered({row["method"]: row for row in rows})
-  rows = [row | _given(recovered=share.get(row["method"])) for row in rows] + [linear]
+  for row in rows:
+    if row["method"] in share:
+      row["recovered"] = share[row["method"]]
+  rows.append(linear)
   rows += pooled([each["shift"] for each in per_seed])
   for name in ("train", "compile", "evaluate"):
     seconds[name] = sum(each["seconds"][name] for each in per_seed)
@@ -112,6 +115,11 @@ def run(task: Task, args: argparse.Namespace, started: float) -> list[dict[str, 
   count = f"{len(task.test) if args.test_limit is None else args.test_limit}"
   print_rows(_shown(own), f"{task.name}, {count} test examples")
   print_rows(_shown(row for row in rows if "shift" in row), "Inputs of another kind")
+  if None in share.values():
+    print(
+      f"recovered is empty: the teacher gains less than {LEAST_GAIN} over softmax in "
+      "its place"
+    )
   print(f"Wrote {path}, {args.out / 'accuracy.png'} and {args.out / 'frontier.png'}")
   print("Seconds:", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
   return rows

@@ -1,9 +1,7 @@
 """Training that can be killed: same batches, same dropout, same result when resumed."""
 
-import dataclasses
 import functools
 import pathlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,16 +11,10 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rich.progress import (
-  BarColumn,
-  MofNCompleteColumn,
-  Progress,
-  TextColumn,
-  TimeRemainingColumn,
-)
 
 from experiments.checkpoints import Checkpoints, MetricsLog
 from experiments.train import TrainConfig, transformation
+from experiments.watch import Watch
 
 COLUMNS = ("step", "loss", "accuracy", "held_out_accuracy", "examples_per_second")
 _LOG_EVERY = 20
@@ -111,7 +103,7 @@ def train(
       batches.set_state(notes["batches"])
       before = notes["seconds"]
     log = MetricsLog(directory / "metrics.csv", COLUMNS, start)
-    with log, _Watch(label, config, start) as watch:
+    with log, Watch(label, config, start) as watch:
       for step in range(start + 1, config.steps + 1):
         batch = jax.device_put(next(batches), spread)
         state, metrics = _step(graph, config, state, batch, step)
@@ -138,54 +130,6 @@ def train(
     best.step,
     before + watch.seconds,
   )
-
-
-class _Watch:
-  """A progress bar of a run that knows how fast it is; a context manager."""
-
-  def __init__(self, label: str, config: TrainConfig, start: int):
-    self._label, self._batch_size, self._step = label, config.batch_size, start
-    self._progress = Progress(
-      TextColumn("{task.description}"),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TextColumn(
-        "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}  "
-        "{task.fields[examples_per_second]:.0f} examples/s"
-      ),
-      TimeRemainingColumn(),
-    )
-    nothing = dict.fromkeys(("loss", "accuracy", "examples_per_second"), np.nan)
-    self._bar = self._progress.add_task(
-      label, total=config.steps, completed=start, **nothing
-    )
-    self._start = self._last = time.perf_counter()
-
-  def __enter__(self) -> "_Watch":
-    self._progress.start()
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self._progress.stop()
-
-  @property
-  def seconds(self) -> float:
-    """Since the start, in this process."""
-    return time.perf_counter() - self._start
-
-  def read(self, step: int, loss: jax.Array, accuracy: jax.Array) -> dict[str, float]:
-    """Waits for the metrics of a step and shows them, with the speed since the last."""
-    values = {"loss": float(loss), "accuracy": float(accuracy)}
-    if not np.isfinite(values["loss"]):
-      raise FloatingPointError(
-        f"{self._label}: training loss is {values['loss']} after step {step}"
-      )
-    now = time.perf_counter()
-    seen = (step - self._step) * self._batch_size
-    values["examples_per_second"] = seen / (now - self._last)
-    self._step, self._last = step, now
-    self._progress.update(self._bar, completed=step, **values)
-    return values
 
 
 def _shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
