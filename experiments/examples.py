@@ -131,3 +131,10 @@ def read_many(examples: Examples, indices: Sequence[int]) -> Iterator[dict[str, 
   if hasattr(examples, "read"):
     return examples.read(indices)
   return (examples[int(i)] for i in indices)
+
+
+def evenly(examples: Sequence, limit: int | None) -> np.ndarray:
+  """Indices of `limit` examples at most, drawn evenly from all."""
+  count = len(examples)
+  kept = min(limit or count, count)
+  return np.arange(kept) * count // kept

@@ -1,20 +1,17 @@
 """Data sets as the arrays that models read."""
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from experiments.augment import augment, standardise
-from experiments.examples import Examples, Texts, read_many
+from experiments.examples import Examples, Texts, evenly
+from experiments.images import decode, fit, statistics
 from experiments.loaders import Transform
 from experiments.tasks import Task
 from experiments.text import encode, tokenizer_for
-
-IMAGE_BYTES = 2**31  # a split with more is decoded batch by batch
-_SAMPLE = 4096  # images that the channels' statistics are taken from
 
 
 class Prepared(NamedTuple):
@@ -91,8 +88,8 @@ def prepare(
   for name, value in {**limits, "image_size": image_size}.items():
     if value is not None and value < 1:
       raise ValueError(f"{name}={value}: expected at least 1, or None")
-  train = _indices(task.train, limit_train)
-  test = _indices(task.test, limit_test)
+  train = evenly(task.train, limit_train)
+  test = evenly(task.test, limit_test)
   shared = task.name, task.kind
   if task.kind == "text":
     texts, labels = _texts(task.train, train)
@@ -104,15 +101,15 @@ def prepare(
       splits.append({"ids": ids, "valid": valid, "label": classes})
     size = tokenizer.get_vocab_size()
     return Prepared(*shared, *splits, task.classes, task.label_names, size, length)
-  first = _fit(task.train[train[0]]["input"], image_size)
+  first = fit(task.train[train[0]]["input"], image_size)
   images = [
-    _images(examples, indices, image_size, first.shape, f"{task.name}, {role} split")
+    decode(examples, indices, image_size, first.shape, f"{task.name}, {role} split")
     for examples, indices, role in (
       (task.train, train, "training"),
       (task.test, test, "test"),
     )
   ]
-  mean, std = _statistics(images[0])
+  mean, std = statistics(images[0])
   return Prepared(
     *shared,
     *images,
@@ -125,82 +122,8 @@ def prepare(
   )
 
 
-def _indices(examples: Examples, limit: int | None) -> np.ndarray:
-  count = len(examples)
-  kept = min(limit or count, count)
-  return np.arange(kept) * count // kept
-
-
 def _texts(examples: Examples, indices: np.ndarray) -> tuple[list[str], np.ndarray]:
   if isinstance(examples, Texts):
     return [examples.texts[i] for i in indices], examples.labels[indices]
   rows = [examples[i] for i in indices]
   return [row["input"] for row in rows], np.array([r["label"] for r in rows], np.int32)
-
-
-def _fit(image: np.ndarray, size: int | None) -> np.ndarray:
-  if size is None or image.shape[:2] == (size, size):
-    return image
-  picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-  scaled = ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
-  return np.asarray(scaled).reshape(size, size, image.shape[-1])
-
-
-class _Scaled(Sequence):
-  """Some examples of images, all of one shape."""
-
-  def __init__(
-    self,
-    examples: Examples,
-    indices: np.ndarray,
-    size: int | None,
-    shape: tuple[int, int, int],
-    where: str,
-  ):
-    self._examples, self._indices = examples, indices
-    self._size, self._shape, self._where = size, shape, where
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return next(self.read([range(len(self))[index]]))
-
-  def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-    for row in read_many(self._examples, self._indices[indices]):
-      image = _fit(row["input"], self._size)
-      if image.shape != self._shape:
-        raise ValueError(
-          f"{self._where}: images differ in size, {self._shape} and {image.shape}: "
-          "pass image_size"
-        )
-      yield {"input": image, "label": row["label"]}
-
-
-def _images(
-  examples: Examples,
-  indices: np.ndarray,
-  size: int | None,
-  shape: tuple[int, int, int],
-  where: str,
-) -> dict[str, np.ndarray] | Examples:
-  scaled = _Scaled(examples, indices, size, shape, where)
-  if len(indices) * int(np.prod(shape)) > IMAGE_BYTES:
-    return scaled
-  images = np.empty((len(indices), *shape), np.uint8)
-  labels = np.empty(len(indices), np.int32)
-  for i, row in enumerate(scaled.read(np.arange(len(indices)))):
-    images[i], labels[i] = row["input"], row["label"]
-  return {"image": images, "label": labels}
-
-
-def _statistics(train: Mapping[str, np.ndarray] | Examples) -> tuple:
-  """Mean and deviation of channels, float32 [channels], of images in [0, 1]."""
-  if isinstance(train, Mapping):
-    images = train["image"][_indices(train["image"], _SAMPLE)]
-  else:
-    indices = _indices(train, _SAMPLE)
-    images = np.stack([row["input"] for row in read_many(train, indices)])
-  scaled = images.reshape(-1, images.shape[-1]) / np.float32(255)
-  mean, std = scaled.mean(0, np.float64), scaled.std(0, np.float64)
-  return mean.astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32)

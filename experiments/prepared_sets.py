@@ -102,3 +102,57 @@ def _unknown(
     f"{named!r}: neither prepared in {_place(data_dir)} nor in the catalogue of TFDS. "
     f"{prepared}{hint or 'Presets are ' + ', '.join(presets)}"
   )
+
+
+def check_splits(name: str, info: Any, splits: dict[str, str]) -> None:
+  """Checks the `train` and `test` split of a data set, by its information of TFDS.
+
+  Raises:
+    ValueError: if one does not exist or is empty, or if they share examples.
+  """
+  there = ", ".join(f"{key} ({s.num_examples:,})" for key, s in info.splits.items())
+  taken = []
+  for role, split in splits.items():
+    try:
+      found = info.splits[split]
+    except (KeyError, ValueError, AssertionError) as error:
+      raise ValueError(
+        f"{role}_split={split!r}: no such split of {name}. There are: {there}. A part "
+        "of one is written like 'train[80%:]'"
+      ) from error
+    if not found.num_examples:
+      raise ValueError(
+        f"{role}_split={split!r}: holds no example of {name}. There are: {there}"
+      )
+    taken.append(found.file_instructions)
+  for first in taken[0]:
+    for second in taken[1]:
+      stops = first.skip + first.take, second.skip + second.take
+      if first.filename == second.filename and (
+        max(first.skip, second.skip) < min(stops)
+      ):
+        raise ValueError(
+          f"train_split={splits['train']!r} and test_split={splits['test']!r} of {name}"
+          " share examples: pass splits, or parts of them, that do not overlap. "
+          f"There are: {there}"
+        )
+
+
+def open_split(name: str, builder: Any, split: str) -> Any:
+  """A data source of a split, with images left encoded.
+
+  Raises:
+    ValueError: if the data set is prepared in a format without random access.
+  """
+  features = builder.info.features
+  images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
+  decoders = {key: tfds.decode.SkipDecoding() for key in images}
+  try:
+    return builder.as_data_source(split, decoders=decoders or None)
+  except NotImplementedError as error:
+    raise ValueError(
+      f"{name} is prepared as {builder.info.file_format.value} in {builder.data_path}, "
+      "which has no random access: prepare it with `tfds build "
+      f"{name} --file_format=array_record` in another data_dir, or convert it with "
+      "`tfds convert_format --out_file_format=array_record`"
+    ) from error

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.examples import Examples, Images, Texts
-from experiments.prepared_sets import find_builder, parts_of
+from experiments.prepared_sets import check_splits, find_builder, open_split, parts_of
 
 
 class Preset(NamedTuple):
@@ -111,10 +111,10 @@ def load_task(
     "train": train_split or preset.train_split,
     "test": test_split or preset.test_split,
   }
-  _check_splits(name, builder.info, splits)
+  check_splits(name, builder.info, splits)
 
   def read(role: str) -> Examples:
-    source = _source(name, builder, splits[role], features)
+    source = open_split(name, builder, splits[role])
     where = f"{name}, split {splits[role]!r}"
     keys = input_key, label_key
     if kind == "image":
@@ -181,46 +181,3 @@ def _supervised(
     if key is None:
       raise ValueError(f"{name} has no preset: pass {argument}. {_list(info.features)}")
   return keys
-
-
-def _check_splits(name: str, info: Any, splits: dict[str, str]) -> None:
-  there = ", ".join(f"{key} ({s.num_examples:,})" for key, s in info.splits.items())
-  taken = []
-  for role, split in splits.items():
-    try:
-      found = info.splits[split]
-    except (KeyError, ValueError, AssertionError) as error:
-      raise ValueError(
-        f"{role}_split={split!r}: no such split of {name}. There are: {there}. A part "
-        "of one is written like 'train[80%:]'"
-      ) from error
-    if not found.num_examples:
-      raise ValueError(
-        f"{role}_split={split!r}: holds no example of {name}. There are: {there}"
-      )
-    taken.append(found.file_instructions)
-  for first in taken[0]:
-    for second in taken[1]:
-      stops = first.skip + first.take, second.skip + second.take
-      if first.filename == second.filename and (
-        max(first.skip, second.skip) < min(stops)
-      ):
-        raise ValueError(
-          f"train_split={splits['train']!r} and test_split={splits['test']!r} of {name}"
-          " share examples: pass splits, or parts of them, that do not overlap. "
-          f"There are: {there}"
-        )
-
-
-def _source(name: str, builder: Any, split: str, features: Any) -> Any:
-  images = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
-  decoders = {key: tfds.decode.SkipDecoding() for key in images}
-  try:
-    return builder.as_data_source(split, decoders=decoders or None)
-  except NotImplementedError as error:
-    raise ValueError(
-      f"{name} is prepared as {builder.info.file_format.value} in {builder.data_path}, "
-      "which has no random access: prepare it with `tfds build "
-      f"{name} --file_format=array_record` in another data_dir, or convert it with "
-      "`tfds convert_format --out_file_format=array_record`"
-    ) from error

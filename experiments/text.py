@@ -5,22 +5,29 @@ import os
 import pathlib
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 _RECIPE = "1"  # to be changed with what `_train` does, so that caches are not reused
 _CHUNK = 4096  # texts encoded in one call
 
 
+def clean(text: str) -> str:
+  """Lower case, one form of each character, single blanks, and no line-end marks."""
+  text = re.sub(r"<br\s*/?>", " ", text)  # as in IMDb's reviews
+  return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
 def tokenizer_for(
   texts: Iterable[str], size: int, cache: pathlib.Path, *, name: str = "texts"
 ) -> Tokenizer:
-  """A byte-pair encoding of lower-case text, trained on `texts`.
+  """A byte-pair encoding of cleaned text, trained on `texts`.
 
   It is kept in the directory `cache` under `name` and a digest of all that it depends
   on, the texts among them, and read from there the next time. Token 0 is padding and
@@ -36,7 +43,7 @@ def tokenizer_for(
     ValueError: if `size` is less than 64, there are no texts, or a file of the cache
       is damaged.
   """
-  texts = list(texts)
+  texts = [clean(text) for text in texts]
   if size < 64:
     raise ValueError(f"size={size}: expected a vocabulary of at least 64 tokens")
   if not texts:
@@ -62,13 +69,6 @@ def tokenizer_for(
 def _train(texts: Sequence[str], size: int) -> Tokenizer:
   tokenizer = Tokenizer(
     models.BPE(unk_token=UNKNOWN, continuing_subword_prefix="##", fuse_unk=True)
-  )
-  tokenizer.normalizer = normalizers.Sequence(
-    [
-      normalizers.Replace(Regex(r"<br\s*/?>"), " "),  # IMDb's line ends
-      normalizers.NFKC(),
-      normalizers.Lowercase(),
-    ]
   )
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   trainer = trainers.BpeTrainer(
@@ -114,15 +114,24 @@ def encode(
   if keep not in ("start", "end", "both"):
     raise ValueError(f"keep={keep!r}: expected 'start', 'end' or 'both'")
   head = {"start": length, "end": 0, "both": length - length // 2}[keep]
+  tail = length - head
   unknown = tokenizer.token_to_id(UNKNOWN)
   ids = np.full((len(texts), length), tokenizer.token_to_id(PAD), np.int32)
   counts = np.empty(len(texts), np.int32)
   for start in range(0, len(texts), _CHUNK):
-    chunk = tokenizer.encode_batch_fast(texts[start : start + _CHUNK])
-    for row, encoding in enumerate(chunk, start):
+    chunk = [_cut(clean(t), head, tail) for t in texts[start : start + _CHUNK]]
+    for row, encoding in enumerate(tokenizer.encode_batch_fast(chunk), start):
       tokens = encoding.ids or [unknown]
       if len(tokens) > length:
-        tokens = tokens[:head] + tokens[len(tokens) - (length - head) :]
+        tokens = tokens[:head] + tokens[len(tokens) - tail :]
       ids[row, : len(tokens)] = tokens
       counts[row] = len(tokens)
   return ids, np.arange(length) < counts[:, None]
+
+
+def _cut(text: str, head: int, tail: int) -> str:
+  """Leaves out words that cannot matter, as every word is at least one token."""
+  words = text.split()
+  if len(words) <= head + tail:
+    return text
+  return " ".join(words[:head] + words[len(words) - tail :])
