@@ -10,6 +10,7 @@ from flax import nnx
 
 import asap_jax
 from experiments import downstream_eval as evaluation
+from experiments.baseline import linear_baseline
 from experiments.downstream_data import (
   Data,
   foreign_batches,
@@ -152,8 +153,6 @@ def _foreign_rows(
 
 def baseline_row(task: Task) -> dict[str, Any]:
   """Logistic regression on the inputs themselves."""
-  from experiments.baselines import linear_baseline
-
   return {
     "method": "linear",
     "accuracy": linear_baseline(task),

@@ -88,41 +88,37 @@ def train(
     FloatingPointError: if the loss is not finite.
   """
   spread, replicated = _shardings(config.batch_size)
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
-  # A copy: the first step takes the arrays' memory.
-  params, rest = jax.tree.map(jnp.copy, (params, rest))
-  key = jax.random.key_data(jax.random.key(seed))
-  state = TrainState(params, transformation(config).init(params), rest, key)
+  graph, state = nnx.graphdef(model), start(model, config, seed)
   state = jax.device_put(state, replicated)
   every = max(1, config.steps // checks)
   with Checkpoints(directory / "checkpoints") as checkpoints:
     restored = checkpoints.latest(state)
-    start, before = 0, 0.0
+    done, before = 0, 0.0
     if restored is not None:
-      start, state, notes = restored
+      done, state, notes = restored
       batches.set_state(notes["batches"])
       before = notes["seconds"]
-    log = MetricsLog(directory / "metrics.csv", COLUMNS, start)
-    with log, Watch(label, config, start) as watch:
-      for step in range(start + 1, config.steps + 1):
+    log = MetricsLog(directory / "metrics.csv", COLUMNS, done)
+    with log, Watch(label, config, done) as watch:
+      for taken in range(done + 1, config.steps + 1):
         batch = jax.device_put(next(batches), spread)
-        state, metrics = _step(graph, config, state, batch, step)
-        check = step % every == 0 or step == config.steps
-        if not (check or step % _LOG_EVERY == 0):
+        state, metrics = step(graph, config, state, batch, taken)
+        check = taken % every == 0 or taken == config.steps
+        if not (check or taken % _LOG_EVERY == 0):
           continue
-        values = watch.read(step, *metrics)
+        values = watch.read(taken, *metrics)
         if not check:
-          log.write(step=step, **values)
+          log.write(step=taken, **values)
           continue
         accuracy = _accuracy(graph, state, held_out())
-        log.write(step=step, **values, held_out_accuracy=accuracy)
+        log.write(step=taken, **values, held_out_accuracy=accuracy)
         log.flush()
         notes = {
           "batches": batches.get_state(),
           "seconds": before + watch.seconds,
           "held_out_accuracy": accuracy,
         }
-        checkpoints.save(step, state, notes, accuracy)
+        checkpoints.save(taken, state, notes, accuracy)
     best = checkpoints.best(state)
   return Trained(
     nnx.merge(graph, best.arrays.params, best.arrays.rest),
@@ -130,6 +126,13 @@ def train(
     best.step,
     before + watch.seconds,
   )
+
+
+def start(model: nnx.Module, config: TrainConfig, seed: int) -> TrainState:
+  """The state of a run that has taken no step; a copy of the model's arrays."""
+  params, rest = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param, ...))
+  key = jax.random.key_data(jax.random.key(seed))
+  return TrainState(params, transformation(config).init(params), rest, key)
 
 
 def _shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
@@ -146,10 +149,18 @@ def _shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _step(
-  graph: nnx.GraphDef, config: TrainConfig, state: TrainState, batch: Batch, step: int
+def step(
+  graph: nnx.GraphDef,
+  config: TrainConfig,
+  state: TrainState,
+  batch: Batch,
+  number: int,
 ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
+  """The state after a step, counted from one, and loss and accuracy on its batch.
+
+  The memory of `state` is used for the new one.
+  """
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), number)
 
   def loss_fn(params):
     model = nnx.merge(graph, params, state.rest)
