@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--resume", action="store_true", help="go on with a killed run")
   parser.add_argument("--steps", type=_count, help="of training")
   parser.add_argument(
-    "--refine-steps", type=int, help="per layer; 0 for the ridge fit alone"
+    "--refine-steps", type=_steps, help="per layer; 0 for the ridge fit alone"
   )
   parser.add_argument("--test-limit", type=_count, help="test examples at most")
   parser.add_argument(
@@ -196,6 +196,12 @@ def _seeds(text: str) -> list[int]:
 def _count(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
+  return int(text)
+
+
+def _steps(text: str) -> int:
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least zero")
   return int(text)
 
 
