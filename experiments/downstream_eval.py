@@ -33,12 +33,12 @@ def compiled(
   slices: int,
   refine_steps: int,
   seed: int,
-  names: Sequence[str] = COMPILED,
+  names: Sequence[str],
 ) -> tuple[dict[str, nnx.Module], dict[str, dict[str, Any]]]:
   """Compiled models by their method, and what their rows say of compiling.
 
   `ridge` is the paper's plain form: random slices, potentials alone, no refinement.
-  Zero `refine_steps` leave the ridge fit of the others, too.
+  `names` are of `COMPILED`. Zero `refine_steps` leave the ridge fit of the others, too.
   """
   own = {"refine": True, "refine_steps": refine_steps} if refine_steps else {}
   own = own or {"refine": False}

@@ -51,6 +51,7 @@ def run_seed(
     slices=args.slices,
     refine_steps=preset.refine_steps,
     seed=seed,
+    names=evaluation.COMPILED,
   )
   replaced = {**evaluation.without_training(teacher), **replaced}
   about |= of_compiling
