@@ -1,5 +1,6 @@
 """The downstream experiment: its data, its measures, and a run from end to end."""
 
+import argparse
 import dataclasses
 import json
 
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import asap_jax
 from experiments import (
   downstream,
   downstream_data,
   downstream_eval,
   downstream_presets,
   downstream_run,
+  replacements,
 )
 from experiments.downstream_rows import pooled
 from experiments.prepare import Prepared
@@ -235,7 +238,8 @@ def small(monkeypatch):
   monkeypatch.setattr(downstream, "load_task", lambda name, **_: task(name))
   monkeypatch.setattr(downstream, "preset_of", lambda *_: PRESET)
   monkeypatch.setattr(downstream_run, "REPEATS", 1)
-  # Less to compile.
+  # Less to compile: one size of batches, and few methods.
+  monkeypatch.setattr(downstream_data, "BATCH", 16)
   for name, value in (
     ("CUTS", (1,)),
     ("COMPILED", ("ridge", "asap")),
@@ -244,9 +248,19 @@ def small(monkeypatch):
     monkeypatch.setattr(downstream_eval, name, value)
 
 
+def compile_double(teacher, batches, slices, *, seed, call, **options):
+  """In the place of `asap_jax.compile`: Sinkhorn cut to four iterations."""
+  assert [batch["ids"].shape for batch in batches] == [(16, 8)] * 2
+  assert all("label" not in batch for batch in batches)
+  model = replacements.cut_sinkhorn(teacher, 4)
+  return model, argparse.Namespace(seconds=slices + len(options))
+
+
 def test_everything_is_measured_and_resumed(tmp_path, small, capsys, monkeypatch):
+  monkeypatch.setattr(asap_jax, "compile", compile_double)
   out = tmp_path / "out"
-  call(out, "--seeds", 0, "--test-limit", 32)
+  given = ("--seeds", 0, "--test-limit", 32)
+  call(out, *given)
   results = json.loads((out / "results.json").read_text())
   rows = {row["method"]: row for row in results["rows"] if "shift" not in row}
   replaced = ["softmax_swap", "sinkhorn@1", "ridge", "asap"]
@@ -257,10 +271,14 @@ def test_everything_is_measured_and_resumed(tmp_path, small, capsys, monkeypatch
     assert row["tv"] > 0
     assert row["tv"] == pytest.approx(np.mean([each["tv"] for each in row["layers"]]))
     assert row["n_test"] == 32
+    assert "recovered" in row or name == "softmax_swap"
+  assert rows["asap"]["tv"] < rows["sinkhorn@1"]["tv"] < rows["softmax_swap"]["tv"]
+  # Two slices; three options of the plain form, two of the other.
+  assert [rows[name]["compile_seconds"] for name in ("ridge", "asap")] == [5, 4]
   assert rows["sinkhorn"]["best_step"] in (3, 6)
   shifted = [row for row in results["rows"] if "shift" in row]
   assert {row["shift"] for row in shifted} == {"half length"}
-  assert [row["method"] for row in shifted] == ["sinkhorn", *downstream_eval.SHIFTED]
+  assert [row["method"] for row in shifted] == ["sinkhorn", "softmax_swap", "asap"]
   assert results["config"]["seeds"] == [0]
   assert results["config"]["preset_values"]["steps"] == 6
   seed = out / "news" / "seed0"
@@ -270,14 +288,23 @@ def test_everything_is_measured_and_resumed(tmp_path, small, capsys, monkeypatch
     assert (out / name).stat().st_size > 5_000
 
   # Resumed after its end it measures nothing anew.
-  def fails(*_, **__):
-    raise AssertionError
-
-  monkeypatch.setattr(downstream_run, "train", fails)
+  monkeypatch.setattr(downstream_run, "train", None)
   (out / "results.json").unlink()
-  call(out, "--seeds", 0, "--test-limit", 32, "--resume")
+  call(out, *given, "--resume")
   assert json.loads((out / "results.json").read_text())["rows"] == results["rows"]
-  assert "shift" in capsys.readouterr().out
+  assert "half length" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_models_are_closer_than_a_cut(tmp_path, small):
+  out = tmp_path / "out"
+  call(out, "--seeds", "0,1", "--test-limit", 32, "--attention", "lot")
+  results = json.loads((out / "results.json").read_text())
+  rows = {row["method"]: row for row in results["rows"] if "shift" not in row}
+  assert rows["asap"]["tv"] < rows["sinkhorn@1"]["tv"] < rows["softmax_swap"]["tv"]
+  assert rows["asap"]["slices"] == 2
+  assert all(len(row["accuracies"]) == 2 for n, row in rows.items() if n != "linear")
+  assert "lot" in rows
 
 
 def message(capsys, out, *options):
