@@ -21,7 +21,7 @@ class Source(Protocol):
   """What is known of a data set before it is found."""
 
   config: str | None
-  namespace: str
+  repository: str | None
 
 
 def parts_of(name: str) -> Parts:
@@ -55,6 +55,10 @@ def find_builder(
   names = [named]
   if source and source.config and not parts.rest.startswith("/"):
     names.insert(0, f"{parts.base}/{source.config}{parts.rest}")
+  hosted = None  # TFDS's name of what Hugging Face has
+  if source and source.repository:
+    hosted = f"{source.repository.replace('/', '__').lower()}/{source.config}"
+    names.append(hosted)
   for candidate in names:
     try:
       return builder_from_files(candidate, data_dir=data_dir)
@@ -63,18 +67,27 @@ def find_builder(
   catalogue = tfds.list_builders(with_community_datasets=False)
   if not (parts.namespace or source or parts.base in catalogue):
     raise ValueError(_unknown(named, parts.base, data_dir, presets, catalogue))
-  namespace = parts.namespace or (source.namespace if source else "")
+  asked = f"huggingface:{hosted}" if hosted else parts.namespace + names[0]
   try:
-    builder = tfds.builder(namespace + names[0], data_dir=data_dir)
+    if hosted:  # by its name in TFDS, all of the hub would be listed to find it
+      builder = tfds.dataset_builders.HuggingfaceDatasetBuilder(
+        hf_repo_id=source.repository, hf_config=source.config, data_dir=data_dir
+      )
+    else:
+      builder = tfds.builder(asked, data_dir=data_dir)
     builder.download_and_prepare(file_format="array_record")
   except Exception as error:
-    first = str(error).strip().split("\n")[0]
-    reason = f"{type(error).__name__}: {first}"
+    cause = error
+    while cause.__cause__ is not None:
+      cause = cause.__cause__
+    reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]
+    hub = hosted or parts.namespace
     raise RuntimeError(
       f"{named} is not prepared in {_place(data_dir)}, and TFDS could not download and "
-      f"prepare it ({reason}). Where there are a network and TensorFlow, run `tfds "
-      f"build {namespace}{names[0]} --file_format=array_record`, and pass as data_dir "
-      f"the directory that holds {parts.base}/"
+      f"prepare it ({reason}). Where there are a network and "
+      f"{'TensorFlow and `datasets`' if hub else 'TensorFlow'}, run `tfds build {asked} "
+      "--file_format=array_record`, and pass as data_dir the directory that holds "
+      f"{hosted.split('/')[0] if hosted else parts.base}/"
     ) from error
   return builder
 

@@ -203,29 +203,57 @@ class Absent:
 
   def download_and_prepare(self, **options):
     assert options == {"file_format": "array_record"}
-    raise ConnectionError("no network\nand more")
+    try:
+      raise ConnectionError("no network\nand more")
+    except ConnectionError as error:
+      raise RuntimeError("not prepared") from error
 
 
-def test_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
-  asked = []
+@pytest.mark.parametrize(
+  ("name", "asked", "folder"),
+  [
+    ("imdb_reviews", "imdb_reviews/plain_text", "imdb_reviews"),
+    ("mnist:3.0.1", "mnist:3.0.1", "mnist"),
+    ("yelp_polarity_reviews", "yelp_polarity_reviews", "yelp_polarity_reviews"),
+    ("huggingface:glue/sst2", "huggingface:glue/sst2", "glue"),
+    (
+      "dbpedia_14",
+      "huggingface:fancyzhx__dbpedia_14/dbpedia_14",
+      "fancyzhx__dbpedia_14",
+    ),
+  ],
+)
+def test_download_that_fails(tmp_path, monkeypatch, name, asked, folder):
+  opened = []
 
-  def builder(name, data_dir):
-    asked.append(name)
+  def builder(name=None, *, data_dir, **repository):
+    opened.append(name or repository)
+    assert data_dir == tmp_path
     return Absent()
 
+  builders = prepared_sets.tfds.dataset_builders
   monkeypatch.setattr(prepared_sets.tfds, "builder", builder)
-  for name in ("dbpedia_14", "imdb_reviews", "mnist:3.0.1"):
-    with pytest.raises(RuntimeError, match=r"ConnectionError: no network\)") as caught:
-      load_task(name, data_dir=tmp_path)
-    assert f"run `tfds build {asked[-1]} --file_format=array_record`" in str(
-      caught.value
-    )
-    assert f"that holds {name.split(':')[0]}/" in str(caught.value)
-  assert asked == [
-    "huggingface:dbpedia_14/dbpedia_14",
-    "imdb_reviews/plain_text",
-    "mnist:3.0.1",
-  ]
+  monkeypatch.setattr(builders, "HuggingfaceDatasetBuilder", builder)
+  with pytest.raises(RuntimeError, match=r"ConnectionError: no network\)") as caught:
+    load_task(name, data_dir=tmp_path)
+  assert f"run `tfds build {asked} --file_format=array_record`" in str(caught.value)
+  assert f"the directory that holds {folder}/" in str(caught.value)
+  assert ("`datasets`" in str(caught.value)) == asked.startswith("huggingface:")
+  hosted = {"hf_repo_id": "fancyzhx/dbpedia_14", "hf_config": "dbpedia_14"}
+  assert opened == [hosted if name == "dbpedia_14" else asked]
+
+
+def test_strings_of_the_hub_are_texts(tmp_path):
+  features = {
+    "text": tfds.features.Scalar(np.object_),
+    "label": tfds.features.ClassLabel(names=["1 star", "2 star"]),
+  }
+  splits = {"train": texts(PAIRS), "test": texts(PAIRS)}
+  where = "yelp__yelp_review_full/yelp_review_full"
+  tfds_sets.write(tmp_path, where, features, splits)
+  task = load_task("yelp_review_full", data_dir=tmp_path)
+  assert [(row["input"], row["label"]) for row in task.train] == PAIRS
+  assert task.label_names == ("1 star", "2 star")
 
 
 def test_download_is_read(films, monkeypatch):
