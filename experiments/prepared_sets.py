@@ -1,6 +1,7 @@
 """Where a data set of TensorFlow Datasets (TFDS) is: on disk, or on the network."""
 
 import difflib
+import importlib.util
 import pathlib
 import re
 from typing import Any, NamedTuple, Protocol
@@ -69,26 +70,33 @@ def find_builder(
     raise ValueError(_unknown(named, parts.base, data_dir, presets, catalogue))
   asked = f"huggingface:{hosted}" if hosted else parts.namespace + names[0]
   try:
-    if hosted:  # by its name in TFDS, all of the hub would be listed to find it
-      builder = tfds.dataset_builders.HuggingfaceDatasetBuilder(
-        hf_repo_id=source.repository, hf_config=source.config, data_dir=data_dir
-      )
-    else:
-      builder = tfds.builder(asked, data_dir=data_dir)
-    builder.download_and_prepare(file_format="array_record")
+    return _download(asked, source if hosted else None, data_dir)
   except Exception as error:
     cause = error
     while cause.__cause__ is not None:
       cause = cause.__cause__
     reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]
     hub = hosted or parts.namespace
+    needed = "TensorFlow and `datasets`" if hub else "TensorFlow"
+    folder = hosted.split("/")[0] if hosted else parts.base
     raise RuntimeError(
       f"{named} is not prepared in {_place(data_dir)}, and TFDS could not download and "
-      f"prepare it ({reason}). Where there are a network and "
-      f"{'TensorFlow and `datasets`' if hub else 'TensorFlow'}, run `tfds build {asked} "
-      "--file_format=array_record`, and pass as data_dir the directory that holds "
-      f"{hosted.split('/')[0] if hosted else parts.base}/"
+      f"prepare it ({reason}). Where there are a network and {needed}, run `tfds build "
+      f"{asked} --file_format=array_record`, and pass as data_dir the directory that "
+      f"holds {folder}/"
     ) from error
+
+
+def _download(
+  name: str, hosted: Source | None, data_dir: str | pathlib.Path | None
+) -> Any:
+  if hosted:  # by its name in TFDS, all of the hub would be listed to find it
+    builder = tfds.dataset_builders.HuggingfaceDatasetBuilder(
+      hf_repo_id=hosted.repository, hf_config=hosted.config, data_dir=data_dir
+    )
+  else:
+    builder = tfds.builder(name, data_dir=data_dir)
+  builder.download_and_prepare(file_format="array_record")
   return builder
 
 
@@ -111,9 +119,10 @@ def _unknown(
   close = difflib.get_close_matches(base, known, n=5)
   hint = f"Did you mean {' or '.join(close)}?" if close else ""
   prepared = f"There are: {', '.join(sorted(here))}. " if here else ""
+  partly = importlib.util.find_spec("tensorflow") is None
   return (
-    f"{named!r}: neither prepared in {_place(data_dir)} nor in the catalogue of TFDS. "
-    f"{prepared}{hint or 'Presets are ' + ', '.join(presets)}"
+    f"{named!r}: neither prepared in {_place(data_dir)} nor in the catalogue of TFDS"
+    f"{', which is not whole without TensorFlow' if partly else ''}. {prepared}{hint or 'Presets are ' + ', '.join(presets)}"
   )
 
 
