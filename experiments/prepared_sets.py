@@ -119,10 +119,12 @@ def _unknown(
   close = difflib.get_close_matches(base, known, n=5)
   hint = f"Did you mean {' or '.join(close)}?" if close else ""
   prepared = f"There are: {', '.join(sorted(here))}. " if here else ""
+  hint = hint or f"Presets are {', '.join(presets)}"
   partly = importlib.util.find_spec("tensorflow") is None
+  catalogued = ", which is not whole without TensorFlow" if partly else ""
   return (
     f"{named!r}: neither prepared in {_place(data_dir)} nor in the catalogue of TFDS"
-    f"{', which is not whole without TensorFlow' if partly else ''}. {prepared}{hint or 'Presets are ' + ', '.join(presets)}"
+    f"{catalogued}. {prepared}{hint}"
   )
 
 
@@ -142,7 +144,7 @@ def check_splits(name: str, info: Any, splits: dict[str, str]) -> None:
         f"{role}_split={split!r}: no such split of {name}. There are: {there}. A part "
         "of one is written like 'train[80%:]'"
       ) from error
-    if not found.num_examples:
+    if found.num_examples < 1:  # a part that ends before it starts has less than none
       raise ValueError(
         f"{role}_split={split!r}: holds no example of {name}. There are: {there}"
       )

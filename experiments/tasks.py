@@ -100,8 +100,8 @@ def load_task(
   builder = find_builder(parts, data_dir, preset, tuple(PRESETS))
   preset = preset or Preset(*_supervised(name, builder.info, input_key, label_key))
   features = builder.info.features
-  input_key = input_key or preset.input_key
-  label_key = label_key or preset.label_key
+  input_key = preset.input_key if input_key is None else input_key
+  label_key = preset.label_key if label_key is None else label_key
   kind = _kind(name, features, input_key)
   label = _feature(name, features, "label_key", label_key)
   if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
@@ -110,8 +110,8 @@ def load_task(
       f"{_describe(label)}. {_list(features)}"
     )
   splits = {
-    "train": train_split or preset.train_split,
-    "test": test_split or preset.test_split,
+    "train": preset.train_split if train_split is None else train_split,
+    "test": preset.test_split if test_split is None else test_split,
   }
   check_splits(name, builder.info, splits)
 

@@ -114,7 +114,9 @@ def test_keys_are_those_that_the_set_calls_supervised(tmp_path):
       r"test_split='validation': no such split.*train \(4\), test \(3\), unlabelled",
     ),
     ({"train_split": "train[:50"}, r"train_split='train\[:50': no such split"),
+    ({"train_split": ""}, "train_split='': no such split"),
     ({"train_split": "train[:0]"}, "holds no example of films"),
+    ({"train_split": "train[3:1]"}, "holds no example of films"),
     ({"test_split": "train[3:]"}, "'train' and test_split='train.3:.' of films share"),
     ({"test_split": "unlabelled"}, "'unlabelled', example 0: no label .-1.*labelled"),
     (
