@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _CHUNK = 1024  # records read in one call
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -119,7 +119,9 @@ class Images(Sequence):
       with Image.open(io.BytesIO(record[input_key])) as image:
         pixels = np.asarray(image.convert(self._mode), np.uint8)
     except (OSError, SyntaxError, ValueError) as error:
-      raise ValueError(f"{place}: the image cannot be decoded ({error})") from error
+      unknown = isinstance(error, UnidentifiedImageError)
+      reason = "of no known format" if unknown else error
+      raise ValueError(f"{place}: the image cannot be decoded ({reason})") from error
     if pixels.ndim == 2:
       pixels = pixels[..., None]
     label = _label(record, label_key, self._classes, place)

@@ -69,9 +69,9 @@ def loader(
 def _count(examples: Examples | Mapping[str, np.ndarray]) -> int:
   if isinstance(examples, Mapping):
     lengths = {name: len(array) for name, array in examples.items()}
-    if len(set(lengths.values())) != 1:
+    if len(set(lengths.values())) > 1:
       raise ValueError(f"examples: expected arrays of one length, got {lengths}")
-    count = next(iter(lengths.values()))
+    count = next(iter(lengths.values()), 0)
   else:
     count = len(examples)
     if count and isinstance(examples[0]["input"], str):

@@ -1,6 +1,7 @@
 """Where a data set of TensorFlow Datasets (TFDS) is: on disk, or on the network."""
 
 import difflib
+import importlib.util
 import pathlib
 import re
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,7 @@ class Source(Protocol):
   """What is known of a data set before it is found."""
 
   config: str | None
-  namespace: str
+  repository: str | None
 
 
 def parts_of(name: str) -> Parts:
@@ -55,6 +56,10 @@ def find_builder(
   names = [named]
   if source and source.config and not parts.rest.startswith("/"):
     names.insert(0, f"{parts.base}/{source.config}{parts.rest}")
+  hosted = None  # TFDS's name of what Hugging Face has
+  if source and source.repository:
+    hosted = f"{source.repository.replace('/', '__').lower()}/{source.config}"
+    names.append(hosted)
   for candidate in names:
     try:
       return builder_from_files(candidate, data_dir=data_dir)
@@ -63,19 +68,35 @@ def find_builder(
   catalogue = tfds.list_builders(with_community_datasets=False)
   if not (parts.namespace or source or parts.base in catalogue):
     raise ValueError(_unknown(named, parts.base, data_dir, presets, catalogue))
-  namespace = parts.namespace or (source.namespace if source else "")
+  asked = f"huggingface:{hosted}" if hosted else parts.namespace + names[0]
   try:
-    builder = tfds.builder(namespace + names[0], data_dir=data_dir)
-    builder.download_and_prepare(file_format="array_record")
+    return _download(asked, source if hosted else None, data_dir)
   except Exception as error:
-    first = str(error).strip().split("\n")[0]
-    reason = f"{type(error).__name__}: {first}"
+    cause = error
+    while cause.__cause__ is not None:
+      cause = cause.__cause__
+    reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]
+    hub = hosted or parts.namespace
+    needed = "TensorFlow and `datasets`" if hub else "TensorFlow"
+    folder = hosted.split("/")[0] if hosted else parts.base
     raise RuntimeError(
       f"{named} is not prepared in {_place(data_dir)}, and TFDS could not download and "
-      f"prepare it ({reason}). Where there are a network and TensorFlow, run `tfds "
-      f"build {namespace}{names[0]} --file_format=array_record`, and pass as data_dir "
-      f"the directory that holds {parts.base}/"
+      f"prepare it ({reason}). Where there are a network and {needed}, run `tfds build "
+      f"{asked} --file_format=array_record`, and pass as data_dir the directory that "
+      f"holds {folder}/"
     ) from error
+
+
+def _download(
+  name: str, hosted: Source | None, data_dir: str | pathlib.Path | None
+) -> Any:
+  if hosted:  # by its name in TFDS, all of the hub would be listed to find it
+    builder = tfds.dataset_builders.HuggingfaceDatasetBuilder(
+      hf_repo_id=hosted.repository, hf_config=hosted.config, data_dir=data_dir
+    )
+  else:
+    builder = tfds.builder(name, data_dir=data_dir)
+  builder.download_and_prepare(file_format="array_record")
   return builder
 
 
@@ -98,9 +119,12 @@ def _unknown(
   close = difflib.get_close_matches(base, known, n=5)
   hint = f"Did you mean {' or '.join(close)}?" if close else ""
   prepared = f"There are: {', '.join(sorted(here))}. " if here else ""
+  hint = hint or f"Presets are {', '.join(presets)}"
+  partly = importlib.util.find_spec("tensorflow") is None
+  catalogued = ", which is not whole without TensorFlow" if partly else ""
   return (
-    f"{named!r}: neither prepared in {_place(data_dir)} nor in the catalogue of TFDS. "
-    f"{prepared}{hint or 'Presets are ' + ', '.join(presets)}"
+    f"{named!r}: neither prepared in {_place(data_dir)} nor in the catalogue of TFDS"
+    f"{catalogued}. {prepared}{hint}"
   )
 
 
@@ -120,7 +144,7 @@ def check_splits(name: str, info: Any, splits: dict[str, str]) -> None:
         f"{role}_split={split!r}: no such split of {name}. There are: {there}. A part "
         "of one is written like 'train[80%:]'"
       ) from error
-    if not found.num_examples:
+    if found.num_examples < 1:  # a part that ends before it starts has less than none
       raise ValueError(
         f"{role}_split={split!r}: holds no example of {name}. There are: {there}"
       )

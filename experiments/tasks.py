@@ -16,8 +16,8 @@ from experiments.prepared_sets import check_splits, find_builder, open_split, pa
 class Preset(NamedTuple):
   """What to read of a data set.
 
-  `flip` says that a mirrored image keeps its label; `namespace` is where TFDS finds
-  what is not in its own catalogue.
+  `flip` says that a mirrored image keeps its label; `repository` is the one of Hugging
+  Face from which TFDS prepares what is not in its own catalogue.
   """
 
   input_key: str
@@ -26,15 +26,17 @@ class Preset(NamedTuple):
   test_split: str = "test"
   config: str | None = None
   flip: bool = False
-  namespace: str = ""
+  repository: str | None = None
 
 
 PRESETS = {
   "ag_news_subset": Preset("description"),
   "imdb_reviews": Preset("text", config="plain_text"),
-  "dbpedia_14": Preset("content", config="dbpedia_14", namespace="huggingface:"),
+  "dbpedia_14": Preset(
+    "content", config="dbpedia_14", repository="fancyzhx/dbpedia_14"
+  ),
   "yelp_review_full": Preset(
-    "text", config="yelp_review_full", namespace="huggingface:"
+    "text", config="yelp_review_full", repository="Yelp/yelp_review_full"
   ),
   "yelp_polarity_reviews": Preset("text"),
   "cats_vs_dogs": Preset(
@@ -98,8 +100,8 @@ def load_task(
   builder = find_builder(parts, data_dir, preset, tuple(PRESETS))
   preset = preset or Preset(*_supervised(name, builder.info, input_key, label_key))
   features = builder.info.features
-  input_key = input_key or preset.input_key
-  label_key = label_key or preset.label_key
+  input_key = preset.input_key if input_key is None else input_key
+  label_key = preset.label_key if label_key is None else label_key
   kind = _kind(name, features, input_key)
   label = _feature(name, features, "label_key", label_key)
   if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
@@ -108,8 +110,8 @@ def load_task(
       f"{_describe(label)}. {_list(features)}"
     )
   splits = {
-    "train": train_split or preset.train_split,
-    "test": test_split or preset.test_split,
+    "train": preset.train_split if train_split is None else train_split,
+    "test": preset.test_split if test_split is None else test_split,
   }
   check_splits(name, builder.info, splits)
 
@@ -120,7 +122,7 @@ def load_task(
     if kind == "image":
       channels = features[input_key].shape[-1]
       return Images(source, *keys, label.num_classes, where, channels)
-    others = [key for key in _texts(features) if key != input_key]
+    others = [key for key, f in features.items() if _is_text(f) and key != input_key]
     return Texts(source, *keys, label.num_classes, where, others)
 
   names = tuple(label.names)
@@ -129,8 +131,11 @@ def load_task(
   )
 
 
-def _texts(features: tfds.features.FeaturesDict) -> list[str]:
-  return [key for key, f in features.items() if isinstance(f, tfds.features.Text)]
+def _is_text(feature: tfds.features.FeatureConnector) -> bool:
+  """Whether it is one string; those of Hugging Face are not called texts."""
+  if not isinstance(feature, tfds.features.Tensor) or feature.shape:
+    return False
+  return np.dtype(feature.np_dtype) == np.object_
 
 
 def _describe(feature: tfds.features.FeatureConnector) -> str:
@@ -138,7 +143,8 @@ def _describe(feature: tfds.features.FeatureConnector) -> str:
   if isinstance(feature, tfds.features.ClassLabel):
     return f"{kind} of {feature.num_classes}"
   if kind in ("Scalar", "Tensor"):
-    return f"{kind} of {np.dtype(feature.np_dtype).name}"
+    dtype = np.dtype(feature.np_dtype)
+    return f"{kind} of {'string' if dtype == np.object_ else dtype.name}"
   return kind
 
 
@@ -159,7 +165,7 @@ def _kind(
   name: str, features: tfds.features.FeaturesDict, key: str
 ) -> Literal["text", "image"]:
   feature = _feature(name, features, "input_key", key)
-  if isinstance(feature, tfds.features.Text):
+  if _is_text(feature):
     return "text"
   if isinstance(feature, tfds.features.Image) and feature.np_dtype == np.uint8:
     return "image"

@@ -67,16 +67,14 @@ def tokenizer_for(
 
 
 def _train(texts: Sequence[str], size: int) -> Tokenizer:
-  tokenizer = Tokenizer(
-    models.BPE(unk_token=UNKNOWN, continuing_subword_prefix="##", fuse_unk=True)
-  )
+  # No mark tells the start of a word from its inside: with one, the library numbers
+  # the alphabet by chance, and the vocabulary would differ from run to run.
+  tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True))
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   trainer = trainers.BpeTrainer(
     vocab_size=size,
     special_tokens=[PAD, UNKNOWN],
-    continuing_subword_prefix="##",
-    # A character is a token at the start of words and another one inside.
-    limit_alphabet=min(size // 4, 256),
+    limit_alphabet=min(size // 2, 256),
     min_frequency=2,
     show_progress=False,
   )
