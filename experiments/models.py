@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 AttentionFn = Callable[..., jax.Array]
@@ -15,11 +16,15 @@ class EncoderConfig:
 
   Attributes:
     length: tokens.
-    token_size: features of a token.
+    token_size: features of a token, or size of the vocabulary for token ids.
     classes: labels.
     width: features inside.
     heads: of attention.
     layers: attention and MLP blocks.
+    positions: deviation of the position embeddings at first.
+    dropout: share of a residual branch's features that training drops.
+    token_dropout: share of whole tokens whose embedding training drops.
+    dtype: of what is computed; parameters are float32.
   """
 
   length: int
@@ -28,25 +33,41 @@ class EncoderConfig:
   width: int = 32
   heads: int = 2
   layers: int = 2
+  positions: float = 0.5
+  dropout: float = 0.0
+  token_dropout: float = 0.0
+  dtype: str = "float32"
 
 
 class Block(nnx.Module):
   """Attention and MLP, each behind a layer norm and beside a residual connection."""
 
   def __init__(self, config: EncoderConfig, attention_fn: AttentionFn, rngs: nnx.Rngs):
-    width = config.width
-    self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+    width, own = config.width, {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
+    self.attention_norm = nnx.LayerNorm(width, **own)
     self.attention = nnx.MultiHeadAttention(
-      config.heads, width, attention_fn=attention_fn, decode=False, rngs=rngs
+      config.heads, width, attention_fn=attention_fn, decode=False, **own
     )
-    self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
-    self.mlp_in = nnx.Linear(width, 2 * width, rngs=rngs)
-    self.mlp_out = nnx.Linear(2 * width, width, rngs=rngs)
+    self.mlp_norm = nnx.LayerNorm(width, **own)
+    self.mlp_in = nnx.Linear(width, 2 * width, **own)
+    self.mlp_out = nnx.Linear(2 * width, width, **own)
+    self.dropout = nnx.Dropout(config.dropout)
 
-  def __call__(self, x: jax.Array, sow_weights: bool = False) -> jax.Array:
-    """`[batch, length, width]` to the same."""
-    x = x + self.attention(self.attention_norm(x), sow_weights=sow_weights)
-    return x + self.mlp_out(nnx.gelu(self.mlp_in(self.mlp_norm(x))))
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    rngs: nnx.Rngs | None = None,
+    sow_weights: bool = False,
+  ) -> jax.Array:
+    """`[batch, length, width]` to the same; `mask` as attention functions take it.
+
+    Features are dropped if `rngs` has a stream `dropout`.
+    """
+    drop = lambda y: self.dropout(y, deterministic=rngs is None, rngs=rngs)  # noqa: E731
+    normed = self.attention_norm(x)
+    x = x + drop(self.attention(normed, mask=mask, sow_weights=sow_weights))
+    return x + drop(self.mlp_out(nnx.gelu(self.mlp_in(self.mlp_norm(x)))))
 
 
 class Encoder(nnx.Module):
@@ -71,23 +92,55 @@ class Encoder(nnx.Module):
         f"attention_fn has {len(functions)} functions: expected {config.layers}, one "
         "for every block"
       )
-    self.embed = nnx.Linear(config.token_size, config.width, rngs=rngs)
+    self.embed = self._embedding(config, rngs)
     positions = jax.random.normal(rngs.params(), (config.length, config.width))
-    self.positions = nnx.Param(0.5 * positions)
+    self.positions = nnx.Param(config.positions * positions)
     self.blocks = nnx.List([Block(config, function, rngs) for function in functions])
-    self.norm = nnx.LayerNorm(config.width, rngs=rngs)
+    dtype = jnp.dtype(config.dtype)
+    self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
     self.head = nnx.Linear(config.width, config.classes, rngs=rngs)
+    self.token_dropout = nnx.Dropout(config.token_dropout, broadcast_dims=(-1,))
+    self.dtype = dtype
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Class logits of tokens."""
-    return self.head(self.norm(self.states(tokens)[-1]).mean(-2))
+  def __call__(
+    self,
+    tokens: jax.Array,
+    valid: jax.Array | None = None,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """Class logits of tokens, float32.
 
-  def states(self, tokens: jax.Array, sow_weights: bool = False) -> list[jax.Array]:
+    Args:
+      tokens: `[batch, length, token_size]`.
+      valid: which tokens are no padding, `[batch, length]`, at least one of each
+        sequence; all by default. What stands at padding has no influence.
+      rngs: stream `dropout`, for training with dropout; without it, none is dropped.
+    """
+    x = self.norm(self.states(tokens, valid, rngs)[-1]).astype(jnp.float32)
+    if valid is None:
+      return self.head(x.mean(-2))
+    weight = valid[..., None].astype(jnp.float32)
+    pooled = jnp.where(weight > 0, x, 0.0).sum(-2) / weight.sum(-2)
+    return self.head(pooled)
+
+  def states(
+    self,
+    tokens: jax.Array,
+    valid: jax.Array | None = None,
+    rngs: nnx.Rngs | None = None,
+    sow_weights: bool = False,
+  ) -> list[jax.Array]:
     """Embedded tokens, then the output of every block, `[batch, length, width]` each.
 
     `sow_weights` keeps the weights of all attentions as `nnx.Intermediate`.
     """
-    states = [self.embed(tokens) + self.positions[...]]
+    mask = None if valid is None else nnx.make_attention_mask(valid, valid)
+    x = self.embed(tokens) + self.positions[...].astype(self.dtype)
+    states = [self.token_dropout(x, deterministic=rngs is None, rngs=rngs)]
     for block in self.blocks:
-      states.append(block(states[-1], sow_weights))
+      states.append(block(states[-1], mask, rngs, sow_weights))
     return states
+
+  def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
+    dtype = jnp.dtype(config.dtype)
+    return nnx.Linear(config.token_size, config.width, dtype=dtype, rngs=rngs)

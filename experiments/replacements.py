@@ -48,6 +48,17 @@ def plan_fidelity(
   Means over rows (columns), heads and layers, as all methods are given the queries and
   keys of the untouched teacher.
   """
+  layers = layer_fidelity(teacher, replaced, batches, call)
+  return {name: mean_over_layers(of_method) for name, of_method in layers.items()}
+
+
+def layer_fidelity(
+  teacher: nnx.Module,
+  replaced: Mapping[str, nnx.Module],
+  batches: Iterable[Any],
+  call: Call,
+) -> dict[str, list[dict[str, Any]]]:
+  """The same layer by layer, in the model's order; `layer` is its name."""
   sites = find_sinkhorn(teacher)
   record = recorder(teacher, sites, call)
   operators = {
@@ -63,21 +74,38 @@ def plan_fidelity(
           old = sums[name][index]
           sums[name][index] = new if old is None else old + new
   return {
-    name: {
-      "tv": float(np.mean([s.tv / s.rows for s in layers])),
-      "kl": float(np.mean([s.kl / s.rows for s in layers])),
-      "column_error": float(np.mean([s.column_error / s.columns for s in layers])),
-    }
-    for name, layers in sums.items()
+    name: [
+      {
+        "layer": site.name,
+        "tv": float((s.tv / s.rows).mean()),
+        "kl": float((s.kl / s.rows).mean()),
+        "column_error": float((s.column_error / s.columns).mean()),
+      }
+      for site, s in zip(sites, of_method, strict=True)
+    ]
+    for name, of_method in sums.items()
   }
+
+
+def mean_over_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Means of what `layer_fidelity` says of one method."""
+  names = ("tv", "kl", "column_error")
+  return {name: float(np.mean([layer[name] for layer in layers])) for name in names}
 
 
 def forward_milliseconds(
   models: Mapping[str, nnx.Module], batch: Any, call: Call, repeats: int = 15
 ) -> dict[str, float]:
   """Median times of a forward pass of each model; compiled, warm, in turn."""
-  runs = {name: _forward(model, call) for name, model in models.items()}
-  times: dict[str, list[float]] = {name: [] for name in models}
+  runs = {name: forward(model, call) for name, model in models.items()}
+  return milliseconds_of(runs, batch, repeats)
+
+
+def milliseconds_of(
+  runs: Mapping[str, Callable[[Any], jax.Array]], batch: Any, repeats: int = 15
+) -> dict[str, float]:
+  """Median times of functions of a batch; warm, in turn."""
+  times: dict[str, list[float]] = {name: [] for name in runs}
   for repeat in range(repeats + 1):
     for name, run in runs.items():
       start = time.perf_counter()
@@ -87,10 +115,17 @@ def forward_milliseconds(
   return {name: float(np.median(taken)) for name, taken in times.items()}
 
 
-def _forward(model: nnx.Module, call: Call) -> Callable[[Any], jax.Array]:
+def forward(model: nnx.Module, call: Call) -> Callable[[Any], jax.Array]:
+  """A jitted forward pass, a function of a batch."""
   graph, state = nnx.split(model)
-  run = jax.jit(lambda state, batch: call(nnx.merge(graph, state), batch))
-  return functools.partial(run, state)
+  return functools.partial(_forward, graph, call, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(
+  graph: nnx.GraphDef, call: Call, state: nnx.State, batch: Any
+) -> jax.Array:
+  return call(nnx.merge(graph, state), batch)
 
 
 def ordered(rows: Mapping[str, dict[str, Any]], order: Sequence[str]) -> list[dict]:

@@ -1,6 +1,7 @@
 """Training and evaluating classifiers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,12 +22,38 @@ from experiments.data import Split
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """How to train: AdamW, warm-up over a tenth of the steps, then cosine decay."""
+  """How to train: AdamW, warm-up over a tenth of the steps, then cosine decay.
+
+  Raises:
+    ValueError: if `steps` or `batch_size` is below one.
+  """
 
   steps: int
   batch_size: int = 32
   learning_rate: float = 4e-3
   weight_decay: float = 0.05
+  label_smoothing: float = 0.0
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)}: expected at least one")
+
+
+@functools.cache
+def transformation(config: TrainConfig) -> optax.GradientTransformation:
+  """That of Optax: the same object for equal `config`, so that a step compiles once."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0,
+    config.learning_rate,
+    max(1, config.steps // 10),
+    # One step has no decay, but Optax wants some.
+    max(2, config.steps),
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(schedule, weight_decay=config.weight_decay),
+  )
 
 
 def train_classifier(
@@ -44,14 +71,7 @@ def train_classifier(
   Raises:
     FloatingPointError: if the loss is not finite at the end.
   """
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.learning_rate, max(1, config.steps // 10), config.steps
-  )
-  transform = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(schedule, weight_decay=config.weight_decay),
-  )
-  optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
+  optimizer = nnx.Optimizer(model, transformation(config), wrt=nnx.Param)
   rng = np.random.default_rng(seed)
   order = np.empty(0, int)
   columns = (

@@ -1,0 +1,142 @@
+"""Labelled texts and images with random access."""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+_CHUNK = 1024  # records read in one call
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+Examples = Sequence[dict[str, Any]]
+
+
+def _label(example: dict[str, Any], key: str, classes: int, place: str) -> int:
+  label = int(example[key])
+  if label == -1:
+    raise ValueError(f"{place}: no label (-1). Pass a split that is labelled")
+  if not 0 <= label < classes:
+    raise ValueError(
+      f"{place}: label {label} under {key!r}, expected 0 to {classes - 1}"
+    )
+  return label
+
+
+class Texts(Sequence):
+  """Texts and their labels, all in memory.
+
+  Attributes:
+    texts: strings.
+    labels: int32 [examples].
+  """
+
+  def __init__(
+    self,
+    source: Any,
+    input_key: str,
+    label_key: str,
+    classes: int,
+    where: str,
+    other_texts: Sequence[str] = (),
+  ):
+    """Reads all of `source`.
+
+    Raises:
+      ValueError: if a text is empty, or a label missing or out of range.
+    """
+    self.texts: list[str] = []
+    labels = []
+    for start in range(0, len(source), _CHUNK):
+      numbers = range(start, min(start + _CHUNK, len(source)))
+      for i, example in zip(numbers, source.__getitems__(numbers), strict=True):
+        self.texts.append(example[input_key].decode("utf-8", errors="replace"))
+        labels.append(_label(example, label_key, classes, f"{where}, example {i}"))
+    self.labels = np.array(labels, np.int32)
+    empty = [i for i, text in enumerate(self.texts) if not text.strip()]
+    if empty:
+      others = " or ".join(map(repr, other_texts))
+      raise ValueError(
+        f"{where}: input_key={input_key!r} is empty in {len(empty):,} of "
+        f"{len(self.texts):,} examples, first in example {empty[0]}. Pass another "
+        f"input_key{f' ({others})' if others else ''}, or a split that leaves them out,"
+        " like 'train[:5]+train[6:]'"
+      )
+
+  def __len__(self) -> int:
+    return len(self.texts)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return {"input": self.texts[index], "label": int(self.labels[index])}
+
+
+class Images(Sequence):
+  """Images and their labels, decoded when they are asked for."""
+
+  def __init__(
+    self,
+    source: Any,
+    input_key: str,
+    label_key: str,
+    classes: int,
+    where: str,
+    channels: int,
+  ):
+    """Reads one example of `source`, whose images are encoded, to check its form.
+
+    Raises:
+      ValueError: if that image cannot be decoded, or its label is missing.
+    """
+    if channels not in _MODES:
+      raise ValueError(f"{where}: {channels} channels, expected 1, 3 or 4")
+    self._source = source
+    self._keys = input_key, label_key
+    self._classes = classes
+    self._where = where
+    self._mode = _MODES[channels]
+    self[0]
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    number = range(len(self))[index]
+    return self._decode(number, self._source[number])
+
+  def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The same as indexing one by one, but several times faster."""
+    for start in range(0, len(indices), _CHUNK):
+      numbers = [int(i) for i in indices[start : start + _CHUNK]]
+      records = self._source.__getitems__(numbers)
+      for number, record in zip(numbers, records, strict=True):
+        yield self._decode(number, record)
+
+  def _decode(self, number: int, record: dict[str, Any]) -> dict[str, Any]:
+    input_key, label_key = self._keys
+    place = f"{self._where}, example {number}"
+    try:
+      with Image.open(io.BytesIO(record[input_key])) as image:
+        pixels = np.asarray(image.convert(self._mode), np.uint8)
+    except (OSError, SyntaxError, ValueError) as error:
+      unknown = isinstance(error, UnidentifiedImageError)
+      reason = "of no known format" if unknown else error
+      raise ValueError(f"{place}: the image cannot be decoded ({reason})") from error
+    if pixels.ndim == 2:
+      pixels = pixels[..., None]
+    label = _label(record, label_key, self._classes, place)
+    return {"input": pixels, "label": label}
+
+
+def read_many(examples: Examples, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+  """Examples in the order of `indices`, in the fastest way that they have."""
+  if hasattr(examples, "read"):
+    return examples.read(indices)
+  return (examples[int(i)] for i in indices)
+
+
+def evenly(examples: Sequence, limit: int | None) -> np.ndarray:
+  """Indices of `limit` examples at most, drawn evenly from all."""
+  count = len(examples)
+  kept = min(limit or count, count)
+  return np.arange(kept) * count // kept
