@@ -95,13 +95,13 @@ def plot_dual(
     raise ValueError("predictions is empty: expected at least one")
   target = _centred("dual", dual, None)
   found = {name: _centred(name, p, target.shape) for name, p in predictions.items()}
-  axes = axes_or_new(axes, 4.0, 3.6)
+  axes = axes_or_new(axes, 4.6, 3.6)
   extent = np.array([target.min(), target.max()])
   axes.plot(extent, extent, color="grey", linewidth=1.0, zorder=0)
   power = (target**2).sum()
   for index, (name, prediction) in enumerate(found.items()):
     r2 = 1.0 - ((prediction - target) ** 2).sum() / power if power else np.nan
-    style = series_style(index) | {"linestyle": "", "markersize": 4, "alpha": 0.6}
+    style = series_style(index) | {"linestyle": "", "markersize": 3, "alpha": 0.6}
     label = f"{name}: $R^2$ = {r2:.3f}"
     axes.plot(target.ravel(), prediction.ravel(), label=label, **style)
   axes.set(xlabel="dual, centred", ylabel="prediction, centred")
@@ -136,7 +136,7 @@ def plot_clouds(
     axes.set_yticks(range(len(clouds)), list(clouds))
     axes.set(xlabel="position on the line", ylim=(-0.3, len(clouds) - 0.7))
   else:
-    axes.set_aspect("equal", "datalim")
+    axes.set_aspect("equal")
     axes.legend()
   return titled(axes, title)
 
