@@ -70,6 +70,8 @@ def plot_rank(
   Raises:
     ValueError: if there are no models, or one has no residuals.
   """
+  if not residuals:
+    raise ValueError("residuals is empty: expected at least one model")
   last = max(1, len(residuals) - 1)
   curves = {}
   for index, (name, values) in enumerate(residuals.items()):
