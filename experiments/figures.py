@@ -60,8 +60,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=new_directory, required=True, help="new directory")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--steps", type=int, default=500, help="training steps")
-  parser.add_argument("--refine-steps", type=int, default=500)
+  parser.add_argument("--steps", type=int, default=300, help="training steps")
+  parser.add_argument("--refine-steps", type=int, default=200)
   args = parser.parse_args()
   pieces = compute(args.seed, args.steps, args.refine_steps)
   args.out.mkdir(parents=True, exist_ok=True)
@@ -121,18 +121,20 @@ def compute(seed: int, steps: int, refine_steps: int) -> Pieces:
 
 def draw(pieces: Pieces) -> Figure:
   """Six panels: from queries and keys to a plan with unit rows and columns."""
-  axes = plotting.subplots(2, 3, width=3.5, height=3.1)
+  axes = plotting.subplots(2, 3, width=3.1, height=2.8)
   _draw_tokens(pieces, axes[0, 0])
   _draw_slices(pieces, axes[0, 1])
   _draw_potentials(pieces, axes[0, 2])
   _draw_weights(pieces, axes[1, 0])
-  plotting.plot_dual(pieces.dual, {"": pieces.predicted}, axes[1, 1])
+  plotting.plot_dual(pieces.dual, {f"{INPUTS} inputs": pieces.predicted}, axes[1, 1])
+  axes[1, 1].legend(loc="lower right", fontsize="small")
+  axes[1, 1].set(xlabel="Sinkhorn's dual $f$", ylabel=r"prediction $\hat f$")
   _draw_plan(pieces, axes[1, 2])
   titles = (
-    "1  queries and keys of a head",
-    "2  projected onto learned slices",
-    "3  exact 1-D potentials",
-    "4  learned map: weigh and add up",
+    "1  queries and keys",
+    "2  on learned slices",
+    "3  1-D potentials, exact",
+    "4  learned map",
     "5  predicted dual",
     "6  one closure: the plan",
   )
@@ -153,7 +155,8 @@ def _draw_tokens(pieces: Pieces, axes: Axes) -> None:
   for direction in pieces.directions @ plane:
     end = centre + reach * direction
     axes.annotate("", end, centre, arrowprops={"arrowstyle": "->", "color": "#d55e00"})
-  axes.set(aspect="auto", xticks=[], yticks=[], xlabel="arrows: slices")
+  axes.legend(loc="upper right", fontsize="small", borderpad=0.2)
+  axes.set(aspect="auto", xticks=[], yticks=[], xlabel="arrows: slices, in this plane")
 
 
 def _draw_slices(pieces: Pieces, axes: Axes) -> None:

@@ -47,43 +47,50 @@ costs = jax.vmap(sliced_cost)(angles)
 
 # %%
 step = jax.jit(jax.value_and_grad(sliced_cost))
-angle, path = jnp.array(-1.1), []
-for _ in range(25):
+angle, path = jnp.array(-0.5), []
+for _ in range(20):
   cost, slope = step(angle)
   path.append((angle, cost))
-  angle = angle + 0.15 * slope
+  angle = angle + 0.5 * slope
 
 curves = {"all angles": (angles, costs), "ascent": tuple(np.transpose(path))}
 labels = {"xlabel": "angle, radians", "ylabel": "sliced transport cost"}
 plotting.plot_curves(curves, **labels).figure
 
 # %% [markdown]
-# The gradient is exact: it agrees with finite differences of the cost.
+# The gradient is that of the cost, which is smooth but where two points change places:
+# it agrees with finite differences.
 
 # %%
-gap = 1e-2
-for at in (-1.1, 0.0, 1.0):
+gap = 1e-3
+for at in (-0.5, 0.0, 1.0):
   difference = (sliced_cost(at + gap) - sliced_cost(at - gap)) / (2 * gap)
   print(f"angle {at:4}: gradient {step(at)[1]:.4f}, difference {difference:.4f}")
 
 # %% [markdown]
 # ## Points that flow
 #
-# The entropic cost of matching x to y, without an iteration: a dual from sliced
-# potentials (nothing learned), one closure, and the dual objective. Its gradient in
-# the points moves them onto the other cloud.
+# The entropic cost of matching two clouds: a dual from sliced potentials (nothing
+# learned), three closures, and the dual objective. Less half the cost of matching x to
+# itself, which takes entropy's bias away, it is the Sinkhorn divergence (Genevay et
+# al., 2018). Its gradient in the points moves them onto the other cloud.
 
 # %%
 EPSILON = 0.2
 
 
-def entropic_cost(x):
-  """A lower bound of the cost |x - y|^2 with entropy, closed once."""
+def entropic_cost(x, y):
+  """Cost |x - y|^2 with entropy, from below, after three closures."""
   query = 2.0 * x / EPSILON
   logits = query @ y.T
-  f = asap_jax.closure(logits, asap_jax.sliced_start(query, y)).f
+  f = asap_jax.closures(logits, asap_jax.sliced_start(query, y), 3).f
   value = EPSILON * asap_jax.dual_objective(logits, f) / len(x)
   return value + (x**2).sum(-1).mean() + (y**2).sum(-1).mean()
+
+
+def divergence(points):
+  """From y, up to a constant."""
+  return entropic_cost(points, y) - entropic_cost(points, points) / 2
 
 
 flow = optax.adam(0.05)
@@ -93,7 +100,7 @@ flow = optax.adam(0.05)
 def flow_step(carry, _):
   """One step of Adam on the points."""
   points, state = carry
-  updates, state = flow.update(jax.grad(entropic_cost)(points), state)
+  updates, state = flow.update(jax.grad(divergence)(points), state)
   return (optax.apply_updates(points, updates), state), points
 
 
@@ -109,23 +116,20 @@ panels[0].figure
 # %% [markdown]
 # ## A better start for Sinkhorn
 #
-# Where a tight solution is wanted, the same prediction starts OTT-JAX's solver:
-# `SlicedDualInitializer` is a drop-in.
+# The same start works in OTT-JAX's solver: `SlicedDualInitializer` is a drop-in. It
+# lowers the error of the first iterations. The rate of the later ones is the problem's
+# own: where the last digit counts, look whether it pays.
 
 # %%
-geometry = pointcloud.PointCloud(x, y, epsilon=0.02)
-problem = linear_problem.LinearProblem(geometry)
-starts = {
-  "default start": None,
-  "sliced start": asap_jax.SlicedDualInitializer(),
-}
+ITERATIONS = 60
+problem = linear_problem.LinearProblem(pointcloud.PointCloud(x, y, epsilon=0.1))
+starts = {"default": {}, "sliced": {"initializer": asap_jax.SlicedDualInitializer()}}
 curves = {}
 for name, start in starts.items():
-  chosen = {} if start is None else {"initializer": start}
-  output = jax.jit(Sinkhorn(inner_iterations=10, **chosen))(problem)
-  errors = output.errors[output.errors > 0]
-  curves[name] = (10 * np.arange(1, len(errors) + 1), errors)
-  print(f"{name}: {output.n_iters} iterations to an error of {errors[-1]:.1e}")
+  fixed = {"inner_iterations": 1, "threshold": 0.0, "max_iterations": ITERATIONS}
+  solver = Sinkhorn(**fixed, **start)
+  output = jax.jit(solver)(problem)
+  curves[name] = (np.arange(1, ITERATIONS + 1), output.errors)
 
 # %%
 ((left, right),) = plotting.subplots(1, 2, width=4.5)
