@@ -9,13 +9,12 @@ import pathlib
 import time
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 
 import asap_jax
 from asap_jax.fidelity import Operator, operator_of, plan_of
-from asap_jax.plotting import plot_column_sums, plot_plan
+from asap_jax.plotting import plot_plans
 from asap_jax.surgery import find_sinkhorn, held_at, recorder
 from experiments import replacements
 from experiments.data import batches_of, digits, shift_digits
@@ -149,25 +148,9 @@ def draw_plans(teacher, compiled, inputs: jax.Array, path: pathlib.Path) -> None
     distance = np.abs(plans[2] - plans[0]).sum((-2, -1))
     where = np.unravel_index(distance.argmax(), distance.shape)
     if worst is None or distance[where] > worst[0]:
-      worst = distance[where], list(operators), [plan[where] for plan in plans]
-  _, titles, plans = worst
-  figure, axes = plt.subplots(
-    2,
-    3,
-    figsize=(9, 4.6),
-    height_ratios=(3, 1),
-    sharey="row",
-    layout="constrained",
-  )
-  maximum = np.quantile(plans[0], 0.995)
-  for column, (title, shown) in enumerate(zip(titles, plans, strict=True)):
-    plot_plan(shown, axes[0, column], title, maximum=maximum)
-    plot_column_sums(shown, axes[1, column])
-  for axis in axes[:, 1:].flat:
-    axis.set_ylabel("")
-  axes[1, 0].set_ylabel("received")
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+      shown = (np.asarray(plan[where]) for plan in plans)
+      worst = distance[where], dict(zip(operators, shown, strict=True))
+  plot_plans(worst[1])[0, 0].figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

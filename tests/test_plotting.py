@@ -1,23 +1,36 @@
+"""Figures of plans, points, duals and depth: what is drawn is what was given."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from asap_jax import Alternative, LayerReport, Report
-from asap_jax.plotting import (
-  plot_column_sums,
-  plot_frontier,
-  plot_plan,
-  plot_report,
-  plot_scaling,
-)
+from asap_jax import Potentials, plotting
+from asap_jax.metrics import attention_sink_share
+from asap_jax.plotting import plot_column_sums, plot_plan
 
-CUTS = [Alternative(f"sinkhorn@{k}", 0.5 / k, 0.3 * k) for k in (1, 2, 5)]
-MEASURED = (*CUTS, Alternative("asap@2", 0.02, 1.0))
+ROOT = pathlib.Path(__file__).parent.parent
+RANDOM = np.random.default_rng(0)
+PLANS = RANDOM.dirichlet(np.ones(6), size=(3, 4))  # [3, 4, 6]
 
 
 @pytest.fixture
 def axes():
   return Figure().subplots()
+
+
+def line_of(axes, label):
+  (line,) = (line for line in axes.lines if line.get_label() == label)
+  return line
+
+
+def styles_of(lines):
+  return {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
 
 
 def test_plan_is_drawn_dark_where_mass_lies(axes):
@@ -44,134 +57,201 @@ def test_plans_of_several_heads_are_refused(function, axes):
     function(np.ones((2, 3, 3)), axes)
 
 
-def line_of(axes, label):
-  (line,) = (line for line in axes.lines if line.get_label() == label)
-  return line
+def test_plans_share_their_greys_and_stand_above_their_column_sums():
+  given = {"teacher": np.diag([0.5, 1.0]), "other": np.full((2, 2), 0.25)}
+  panels = plotting.plot_plans(given)
+  assert panels.shape == (2, 2)
+  assert [panel.get_title() for panel in panels[0]] == ["teacher", "other"]
+  for plan, above, below in zip(given.values(), *panels, strict=True):
+    np.testing.assert_array_equal(above.images[0].get_array(), plan)
+    np.testing.assert_allclose([bar.get_height() for bar in below.patches], plan.sum(0))
+  greys = [panel.images[0].norm.vmax for panel in panels[0]]
+  np.testing.assert_allclose(greys, np.quantile(given["teacher"], 0.995))
+  again = plotting.plot_plans(given, Figure().subplots(2, 2), maximum=0.7)
+  assert {panel.images[0].norm.vmax for panel in again[0]} == {0.7}
 
 
-def texts(axes):
-  return {text.get_text(): text.xy for text in axes.texts}
+def test_plans_refuse_axes_of_another_number():
+  with pytest.raises(ValueError, match=r"axes has shape \(2, 3\): expected \[2, 1\]"):
+    plotting.plot_plans({"a": PLANS[0]}, Figure().subplots(2, 3))
 
 
-def test_frontier_joins_cuts_and_marks_the_others(axes):
-  compiled = [Alternative("asap", 0.05, 0.7), Alternative("asap@2", 0.01, 0.9)]
-  softmax = [Alternative("softmax", 0.8, 0.2)]
-  series = {"cut": CUTS, "compiled": compiled, "softmax": softmax}
-  assert plot_frontier(series, axes, "a title") is axes
+def test_sinks_begin_at_the_sink_share_times_the_keys(axes):
+  assert plotting.plot_sinks({"a": PLANS, "b": PLANS[0]}, axes, "a title") is axes
   assert axes.get_title() == "a title"
-  curve = line_of(axes, "cut")
-  assert curve.get_linestyle() == "-"
-  np.testing.assert_allclose(curve.get_xydata(), [(0.3, 0.5), (0.6, 0.25), (1.5, 0.1)])
-  markers = [line_of(axes, name) for name in ("compiled", "softmax")]
-  assert {line.get_linestyle() for line in markers} == {"None"}
-  np.testing.assert_allclose(markers[0].get_xydata(), [(0.7, 0.05), (0.9, 0.01)])
-  assert len({line.get_marker() for line in (curve, *markers)}) == 3
-  assert texts(axes)["@5"] == (1.5, 0.1)
-  assert texts(axes)["asap@2"] == (0.9, 0.01)
-  assert [text.get_text() for text in axes.get_legend().texts] == list(series)
-  assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0.0
-  assert axes.get_xlim()[1] > 1.5
+  curve = line_of(axes, "a").get_ydata()
+  expected = -np.sort(-PLANS.sum(1) * 6 / 4, axis=-1)
+  np.testing.assert_allclose(curve, expected.mean(0))
+  share = attention_sink_share(jnp.asarray(PLANS)).mean()
+  np.testing.assert_allclose(curve[0], 6 * share, rtol=1e-5)
+  np.testing.assert_allclose(line_of(axes, "b").get_ydata(), expected[0])
+  assert len(styles_of([line_of(axes, name) for name in "ab"])) == 2
 
 
-def test_frontier_makes_a_figure_of_its_own(tmp_path):
-  axes = plot_frontier({"cut": CUTS})
-  axes.figure.savefig(tmp_path / "frontier.png")
-  assert (tmp_path / "frontier.png").stat().st_size > 5_000
+def test_potentials_stand_over_their_points_in_order(axes):
+  x, y = np.array([2.0, -1.0, 0.5]), np.array([1.0, 0.0])
+  potentials = Potentials(
+    jnp.array([5.0, 3.0, 4.0]), jnp.array([7.0, 6.0]), jnp.ones(3)
+  )
+  assert plotting.plot_potentials(x, potentials, y, axes, "a title") is axes
+  phi, psi = (
+    line_of(axes, rf"$\{name}$ of {of}") for name, of in (("phi", "x"), ("psi", "y"))
+  )
+  np.testing.assert_array_equal(phi.get_xydata(), [(-1, 3), (0.5, 4), (2, 5)])
+  np.testing.assert_array_equal(psi.get_xydata(), [(0, 6), (1, 7)])
+  assert len(styles_of([phi, psi])) == 2
+  rugs = [line.get_xdata() for line in axes.lines if line.get_marker() == "|"]
+  np.testing.assert_array_equal(np.concatenate(rugs), [-1.0, 0.5, 2.0, 0.0, 1.0])
 
 
-def test_frontier_warns_about_points_that_are_not_finite(axes):
-  bad = Alternative("asap", float("nan"), 1.0)
-  with pytest.warns(UserWarning, match=r"compiled: \['asap'\] are not finite"):
-    plot_frontier({"cut": CUTS, "compiled": [bad, CUTS[0]]}, axes)
-  assert "asap" not in texts(axes)
+def test_potentials_of_one_side_alone():
+  potentials = Potentials(jnp.zeros(3), jnp.zeros(2), jnp.zeros(3))
+  axes = plotting.plot_potentials(np.arange(3.0), potentials)
+  assert len(axes.get_legend().texts) == 1
+  with pytest.raises(ValueError, match=r"phi has shape \(3,\): expected \(4,\), as x"):
+    plotting.plot_potentials(np.arange(4.0), potentials)
 
 
-@pytest.mark.parametrize("series", [{}, {"cut": []}])
-def test_frontier_of_nothing_is_refused(series):
-  with pytest.raises(ValueError, match="holds no points: expected a family"):
-    plot_frontier(series)
+def test_dual_and_prediction_are_centred_and_scored(axes):
+  dual = RANDOM.normal(size=(5, 8))
+  shifted = dual + RANDOM.normal(size=(5, 1))
+  half = 0.5 * dual + 3.0
+  assert plotting.plot_dual(dual, {"shifted": shifted, "half": half}, axes) is axes
+  # Of a centred dual, half of it leaves a quarter of the variance.
+  exact, other = (
+    line_of(axes, "shifted: $R^2$ = 1.000"),
+    line_of(axes, "half: $R^2$ = 0.750"),
+  )
+  centred = (dual - dual.mean(-1, keepdims=True)).ravel()
+  np.testing.assert_allclose(
+    exact.get_xydata(), np.stack([centred] * 2, -1), atol=1e-12
+  )
+  np.testing.assert_allclose(other.get_ydata(), centred / 2, atol=1e-12)
+  with pytest.raises(ValueError, match=r"half has shape \(8,\): expected \(5, 8\)"):
+    plotting.plot_dual(dual, {"half": half[0]}, axes)
 
 
-def report_of(*chosen, alternatives=MEASURED):
-  names = ("r2", "kl", "column_error", "teacher_column_error")
-  figures = {name: np.full(2, 0.1) for name in names}
-  layers = [
-    LayerReport(
-      name=f"layer {i}", iterations=20, tv=np.array([0.1, 0.3]), seconds=1.0,
-      teacher_milliseconds=4.0 + i, milliseconds=0.5, chosen=label,
-      alternatives=alternatives, **figures,
+def test_clouds_lie_in_the_plane_or_on_lines_of_their_own(axes):
+  plane = {"x": RANDOM.normal(size=(4, 2)), "y": jnp.ones((3, 2), jnp.bfloat16)}
+  assert plotting.plot_clouds(plane, axes) is axes
+  for name, points in plane.items():
+    np.testing.assert_array_equal(line_of(axes, name).get_xydata(), points)
+  line = {"x": np.arange(4.0), "y": np.arange(3.0)}
+  axes = plotting.plot_clouds(line)
+  for height, (name, points) in enumerate(line.items()):
+    np.testing.assert_array_equal(line_of(axes, name).get_xdata(), points)
+    assert set(line_of(axes, name).get_ydata()) == {height}
+  assert [tick.get_text() for tick in axes.get_yticklabels()] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+  "clouds",
+  [{"x": np.ones((3, 3))}, {"x": np.ones((3, 2)), "y": np.ones(3)}, {"x": np.ones(0)}],
+)
+def test_clouds_of_other_dimensions_are_refused(clouds):
+  with pytest.raises(ValueError, match=r"has shape .*: expected \[n, 2\], or \[n\]"):
+    plotting.plot_clouds(clouds)
+
+
+def test_coupling_joins_points_that_exchange_mass(axes):
+  x, y = (
+    np.array([[0.0, 0.0], [1.0, 0.0]]),
+    np.array([[0.0, 2.0], [1.0, 2.0], [2.0, 2.0]]),
+  )
+  plan = np.array([[0.5, 0.0, 0.25], [0.0, 1.0, 0.001]])  # the last one is too faint
+  assert plotting.plot_coupling(x, y, plan, axes, names=("from", "to")) is axes
+  (lines,) = (c for c in axes.collections if isinstance(c, LineCollection))
+  joined = [(x[0], y[0]), (x[0], y[2]), (x[1], y[1])]
+  np.testing.assert_array_equal(lines.get_segments(), joined)
+  np.testing.assert_allclose(lines.get_alpha(), [0.5, 0.25, 1.0])
+  np.testing.assert_array_equal(line_of(axes, "to").get_xydata(), y)
+
+
+def test_coupling_of_other_shape_or_without_mass_is_refused():
+  x, y = np.zeros(2), np.zeros(3)
+  with pytest.raises(ValueError, match=r"plan has shape \(3, 2\): expected \[2, 3\]"):
+    plotting.plot_coupling(x, y, np.ones((3, 2)))
+  with pytest.raises(ValueError, match="plan holds no positive entry"):
+    plotting.plot_coupling(x, y, np.zeros((2, 3)))
+
+
+def test_curves_are_told_apart_without_colour(axes):
+  curves = {f"c{i}": (np.arange(3.0), RANDOM.normal(size=3)) for i in range(12)}
+  labels = {"xlabel": "angle", "ylabel": "cost"}
+  assert plotting.plot_curves(curves, axes, "a title", **labels) is axes
+  assert (axes.get_xlabel(), axes.get_ylabel()) == ("angle", "cost")
+  for name, (x, y) in curves.items():
+    np.testing.assert_array_equal(
+      line_of(axes, name).get_xydata(), np.stack([x, y], -1)
     )
-    for i, label in enumerate(chosen)
-  ]  # fmt: skip
-  return Report(tuple(layers), slices=4, batches=5, tokens=800, seconds=3.0)
+  lines = [line_of(axes, name) for name in curves]
+  assert len({line.get_marker() for line in lines}) == 12
+  with pytest.raises(ValueError, match=r"c, y has shape \(2,\): expected \(3,\), as x"):
+    plotting.plot_curves({"c": (np.arange(3.0), np.arange(2.0))}, axes)
 
 
-def test_report_has_a_panel_per_layer_and_rings_what_was_chosen():
-  panels = plot_report(report_of("asap", "asap@2", "teacher", "sinkhorn@2"))
-  assert [panel.get_title() for panel in panels] == [f"layer {i}" for i in range(4)]
-  rings = [line_of(panel, "chosen").get_xydata()[0] for panel in panels]
-  np.testing.assert_allclose(rings, [(0.5, 0.2), (1.0, 0.02), (6.0, 0.0), (0.6, 0.25)])
-  for index, panel in enumerate(panels):
-    curve = line_of(panel, "Sinkhorn cut short").get_xydata()
-    np.testing.assert_allclose(curve[:, 0], [0.3, 0.6, 1.5, 4.0 + index])
-    assert curve[-1, 1] == 0.0
-    assert "asap@2" in texts(panel)
-    assert ("asap" in texts(panel)) == (index == 0)
-  assert len({panel.get_xlim() for panel in panels}) == 1
-  assert panels[0].get_xlim()[1] > 7.0
-  assert len(panels[0].figure.axes) == 4
+def test_rank_is_drawn_through_depth(axes):
+  residuals = {"softmax": [1.0, 0.5, 0.2], "sinkhorn": jnp.array([1.0, 0.75, 0.5])}
+  assert plotting.plot_rank(residuals, axes) is axes
+  for name, values in residuals.items():
+    line = line_of(axes, name)
+    np.testing.assert_allclose(line.get_ydata(), values)
+    np.testing.assert_array_equal(np.round(line.get_xdata()), [0, 1, 2])
+  alone = plotting.plot_rank({"softmax": residuals["softmax"]})
+  np.testing.assert_array_equal(line_of(alone, "softmax").get_xdata(), [0, 1, 2])
 
 
-def test_report_draws_on_axes_that_are_given(axes):
-  assert list(plot_report(report_of("asap"), [axes])) == [axes]
-  with pytest.raises(ValueError, match="holds 1 axes: expected 2, one for every layer"):
-    plot_report(report_of("asap", "asap"), [axes])
+@pytest.mark.parametrize(
+  ("function", "name"),
+  [
+    (plotting.plot_plans, "plans"),
+    (plotting.plot_sinks, "plans"),
+    (plotting.plot_clouds, "clouds"),
+    (plotting.plot_curves, "curves"),
+    (plotting.plot_rank, "residuals"),
+    (lambda empty: plotting.plot_dual(np.ones(3), empty), "predictions"),
+  ],
+)
+def test_nothing_to_draw_is_refused(function, name):
+  with pytest.raises(ValueError, match=f"{name} is empty: expected at least one"):
+    function({})
 
 
-def test_report_without_alternatives_is_refused():
-  with pytest.raises(ValueError, match="holds no alternatives: expected some"):
-    plot_report(report_of("asap", alternatives=()))
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_figures_without_panels_are_refused(name):
+  with pytest.raises(ValueError, match=f"{name}=0: expected at least 1"):
+    plotting.subplots(**{name: 0})
 
 
-def test_scaling_is_log_log_with_families_and_variants_told_apart(axes):
-  points = [(1024, 4.0), (64, 0.5)]
-  series = {("a", "x"): points, ("a", "y"): points, ("b", "y"): points[:1]}
-  assert plot_scaling(series, axes, "seconds", "a title") is axes
-  assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-  assert (axes.get_ylabel(), axes.get_title()) == ("seconds", "a title")
-  np.testing.assert_array_equal(axes.get_xticks(), [64, 1024])
-  assert [tick.get_text() for tick in axes.get_xticklabels()] == ["64", "1024"]
-  first, second, third = (line_of(axes, name) for name in ("a, x", "a, y", "b, y"))
-  np.testing.assert_array_equal(first.get_xydata(), [(64, 0.5), (1024, 4.0)])
-  assert first.get_marker() == second.get_marker() != third.get_marker()
-  assert first.get_color() == second.get_color() != third.get_color()
-  assert first.get_linestyle() != second.get_linestyle() == third.get_linestyle()
-  assert len(axes.get_legend().texts) == 3
+def test_panels_are_counted_and_options_passed_on():
+  panels = plotting.subplots(2, 3, width=2.0, height=1.5, sharey=True)
+  assert panels.shape == (2, 3)
+  np.testing.assert_array_equal(panels[0, 0].figure.get_size_inches(), [6.0, 3.0])
+  panels[0, 0].set_ylim(0, 7)
+  assert panels[1, 2].get_ylim() == (0, 7)
 
 
-def test_scaling_keeps_the_styles_of_a_family_without_points(axes):
-  series = {("a", ""): [], ("b", ""): [(64, 1.0)]}
-  plot_scaling(series, axes)
-  plot_scaling({("a", ""): [(64, 1.0)], ("b", ""): [(64, 1.0)]}, axes)
-  assert len({line.get_marker() for line in axes.lines if line.get_label() == "b"}) == 1
+def test_new_figures_show_themselves_in_notebooks():
+  image = plotting.plot_plan(PLANS[0]).figure._repr_png_()
+  assert image.startswith(b"\x89PNG")
+  assert len(image) > 1_000
 
 
-def test_scaling_tells_many_families_apart_and_makes_a_figure(tmp_path):
-  series = {(f"f{i}", ""): [(64, i + 1.0), (128, i + 2.0)] for i in range(9)}
-  axes = plot_scaling(series)
-  styles = {(line.get_marker(), line.get_fillstyle()) for line in axes.lines}
-  assert len(styles) == 9
-  axes.figure.savefig(tmp_path / "scaling.png")
-  assert (tmp_path / "scaling.png").stat().st_size > 5_000
-
-
-def test_scaling_warns_about_points_that_have_no_logarithm(axes):
-  with pytest.warns(UserWarning, match=r"a x: \[\(64, 0.0\)\] are not positive"):
-    plot_scaling({("a", "x"): [(64, 0.0), (128, 1.0)]}, axes)
-  np.testing.assert_array_equal(line_of(axes, "a, x").get_xydata(), [(128, 1.0)])
-
-
-@pytest.mark.parametrize("series", [{}, {("a", "x"): []}])
-def test_scaling_of_nothing_is_refused(series):
-  with pytest.raises(ValueError, match="holds no points: expected one or more"):
-    plot_scaling(series)
+def test_pyplot_and_its_settings_are_left_alone():
+  code = """
+import matplotlib.pyplot as plt, numpy as np
+before = dict(plt.rcParams)
+import asap_jax
+from asap_jax import plotting
+plotting.plot_plans({"a": np.eye(3)})[0, 0].figure._repr_png_()
+plotting.plot_sinks({"a": np.eye(3)})
+plotting.plot_rank({"a": [1.0, 0.5]})
+plotting.plot_coupling(np.ones(3), np.ones(3), np.eye(3))
+plotting.plot_dual(np.arange(3.0), {"a": np.arange(3.0)})
+assert asap_jax.plotting.plot_plan is plotting.plot_plan
+assert not plt.get_fignums()
+assert before == dict(plt.rcParams)
+"""
+  command = [sys.executable, "-W", "ignore", "-c", code]
+  found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert found.returncode == 0, found.stderr

@@ -1,0 +1,186 @@
+# %% [markdown]
+# # What double stochasticity does
+#
+# The same small Transformer, trained on digits twice: with softmax attention, whose
+# rows sum to one, and with Sinkhorn attention, whose columns do so too. The second one
+# is then compiled. What do keys receive, and what becomes of the tokens with depth?
+
+# %%
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from sklearn.datasets import load_digits
+
+import asap_jax
+from asap_jax import metrics, plotting
+
+# %% [markdown]
+# ## Two models, trained alike
+#
+# Six blocks on 16 tokens of 2 x 2 pixels. `states` gives the tokens after every block,
+# and `sow_weights` makes Flax keep the attention weights.
+
+# %%
+images, labels = load_digits(return_X_y=True)
+images = (images / 16).astype(np.float32).reshape(-1, 4, 2, 4, 2)
+tokens = images.swapaxes(2, 3).reshape(-1, 16, 4)
+train, test = slice(0, 1408), slice(1408, None)
+
+
+# %%
+class Block(nnx.Module):
+  """Attention and a perceptron, each with a residual connection."""
+
+  def __init__(self, width, attention_fn, rngs):
+    self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
+    self.attention = nnx.MultiHeadAttention(
+      2, width, attention_fn=attention_fn, decode=False, rngs=rngs
+    )
+    self.enter = nnx.Linear(width, 2 * width, rngs=rngs)
+    self.leave = nnx.Linear(2 * width, width, rngs=rngs)
+
+  def __call__(self, x, sow_weights=False):
+    x = x + self.attention(self.norms[0](x), sow_weights=sow_weights)
+    return x + self.leave(nnx.gelu(self.enter(self.norms[1](x))))
+
+
+class DigitReader(nnx.Module):
+  """Tokens `[batch, 16, 4]` to logits of ten classes."""
+
+  def __init__(self, attention_fn, rngs, width=32, depth=6):
+    self.embed = nnx.Linear(4, width, rngs=rngs)
+    self.positions = nnx.Param(0.5 * jax.random.normal(rngs.params(), (16, width)))
+    self.blocks = nnx.List([Block(width, attention_fn, rngs) for _ in range(depth)])
+    self.head = nnx.Linear(width, 10, rngs=rngs)
+
+  def states(self, tokens, sow_weights=False):
+    """Tokens before the first block and after every block."""
+    states = [self.embed(tokens) + self.positions[...]]
+    for block in self.blocks:
+      states.append(block(states[-1], sow_weights))
+    return states
+
+  def __call__(self, tokens):
+    return self.head(self.states(tokens)[-1].mean(-2))
+
+
+# %%
+STEPS = 500
+
+
+@nnx.jit
+def train_step(model, optimizer, inputs, targets):
+  """One step of Adam."""
+
+  def loss(model):
+    scores = model(inputs)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, targets).mean()
+
+  optimizer.update(model, nnx.grad(loss)(model))
+
+
+def trained(attention_fn):
+  """A model trained from the same seeds as all others."""
+  model, random = DigitReader(attention_fn, nnx.Rngs(0)), np.random.default_rng(0)
+  schedule = optax.cosine_decay_schedule(3e-3, STEPS)
+  optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
+  for _ in range(STEPS):
+    chosen = random.integers(1408, size=32)
+    train_step(model, optimizer, tokens[chosen], labels[chosen])
+  return model
+
+
+sinkhorn = functools.partial(
+  asap_jax.sinkhorn_attention, iterations=20, implementation="xla"
+)
+models = {
+  "softmax": trained(asap_jax.softmax_attention),
+  "Sinkhorn": trained(sinkhorn),
+}
+
+# %% [markdown]
+# The third model is the Sinkhorn one, compiled: no iterations left, one closure.
+
+# %%
+batches = tokens[train].reshape(11, 128, 16, 4)
+models["ASAP"], _ = asap_jax.compile(
+  models["Sinkhorn"], batches, slices=4, refine_steps=150, progress=False
+)
+
+# %% [markdown]
+# ## Look at one image
+#
+# Plans on a test image, of the block and head whose softmax plan is farthest from
+# doubly stochastic there; below them, what each key receives. (Softmax and Sinkhorn
+# were trained apart: the heads of one have nothing to do with those of the other.)
+
+
+# %%
+@nnx.jit
+def observe(model):
+  """Scores, tokens `[blocks + 1, images, 16, width]` and plans on the test images.
+
+  Plans are `[blocks, images, heads, 16, 16]`.
+  """
+  look = nnx.capture(
+    lambda model: model.states(tokens[test], sow_weights=True), nnx.Intermediate
+  )
+  states, sown = look(model)
+  plans = jnp.stack(jax.tree.leaves(sown))
+  return model.head(states[-1].mean(-2)), jnp.stack(states), plans
+
+
+seen = {name: observe(model) for name, model in models.items()}
+plans = {name: plans for name, (_, _, plans) in seen.items()}
+
+# %%
+error = metrics.column_error(plans["softmax"]).mean(-1)[:, 0]
+block, head = np.unravel_index(error.argmax(), error.shape)
+shown = {name: of_model[block, 0, head] for name, of_model in plans.items()}
+plotting.plot_plans(shown)[0, 0].figure
+
+# %% [markdown]
+# ## Attention sinks
+#
+# Keys in order of what they receive, means over all test images, blocks and heads. The
+# first key of softmax takes a multiple of its share, and the last ones are hardly read.
+# A doubly stochastic plan reads every token as much as any other.
+
+# %%
+plotting.plot_sinks(plans).figure
+
+# %%
+print(f"{'':10}accuracy  column error  sink share (1/16 = {1 / 16:.4f})")
+for name, (scores, _, of_model) in seen.items():
+  accuracy = (scores.argmax(-1) == labels[test]).mean()
+  error = metrics.column_error(of_model).mean()
+  share = metrics.attention_sink_share(of_model).mean()
+  print(f"{name:10}{accuracy:8.3f}  {error:12.4f}  {share:10.4f}")
+
+# %% [markdown]
+# ## Rank through depth
+#
+# The rank residual says how far tokens are from being all alike: 0 is full collapse.
+# On the left are the tokens of the models as they are. On the right, the plans alone:
+# the embedded tokens times the plans of all blocks, averaged over heads, without
+# residual connections and perceptrons. There, averaging wins in the end, doubly
+# stochastic or not (Dong et al., 2021, show how fast for softmax).
+
+# %%
+in_model, alone = {}, {}
+for name, (_, states, of_model) in seen.items():
+  in_model[name] = metrics.rank_residual(states).mean(-1)
+  passed = [states[0]]
+  for of_block in of_model.mean(2):
+    passed.append(of_block @ passed[-1])
+  alone[name] = metrics.rank_residual(jnp.stack(passed)).mean(-1)
+
+# %%
+((left, right),) = plotting.subplots(1, 2, width=4.5)
+plotting.plot_rank(in_model, left, "the whole model")
+plotting.plot_rank(alone, right, "plans alone")
+left.figure
