@@ -1,6 +1,7 @@
 """Training and evaluating classifiers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -44,14 +45,7 @@ def train_classifier(
   Raises:
     FloatingPointError: if the loss is not finite at the end.
   """
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.learning_rate, max(1, config.steps // 10), config.steps
-  )
-  transform = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(schedule, weight_decay=config.weight_decay),
-  )
-  optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
+  optimizer = nnx.Optimizer(model, _transform(config), wrt=nnx.Param)
   rng = np.random.default_rng(seed)
   order = np.empty(0, int)
   columns = (
@@ -77,6 +71,18 @@ def train_classifier(
   model.eval()
   if not np.isfinite(loss):
     raise FloatingPointError(f"{label}: training loss is {loss} after the last step")
+
+
+@functools.cache
+def _transform(config: TrainConfig) -> optax.GradientTransformation:
+  """One object a configuration: for another, the step would be compiled anew."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.learning_rate, max(1, config.steps // 10), config.steps
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(schedule, weight_decay=config.weight_decay),
+  )
 
 
 @nnx.jit
