@@ -148,7 +148,7 @@ class Refiner:
     self._losses.append(self._judge(current))
     if not np.isfinite(self._losses[-1]):
       warnings.warn(
-        f"{self._description}: the loss is {self._losses[-1]} after {self._taken} steps; "
+        f"{self._description}: loss {self._losses[-1]} after {self._taken} steps; "
         f"going back to step {self._best_step}",
         stacklevel=3,
       )
