@@ -16,7 +16,7 @@ from asap_jax.distillation import distil
 from asap_jax.dual_map import DualMap
 from asap_jax.features import KINDS
 from asap_jax.fidelity import Operator
-from asap_jax.fitting import FitOptions, fit_layers
+from asap_jax.fitting import FitOptions, Objective, fit_layers
 from asap_jax.layers import AsapAttention
 from asap_jax.measure import Measured, cuts, measure
 from asap_jax.observe import Layer, Observer
@@ -50,6 +50,7 @@ def compile(
   ridge: float = 1e-6,
   refine: bool = True,
   refine_steps: int = 3000,
+  objective: Objective = "plan",
   target_tv: float | None = None,
   distil_steps: int = 0,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
@@ -85,6 +86,13 @@ def compile(
     refine_steps: steps of up to 32 sequences per layer; more give a closer plan. What
       is best on held-out batches is kept, so it never ends worse there than it started.
       Activations are kept in memory up to 1 GiB, and read in parts beyond.
+    objective: what refinement descends on. `"plan"` is KL(teacher plan || compiled
+      plan). `"dual"` is minus the entropic dual objective of the compiled duals, which
+      is that KL to the *converged* plan up to a constant (OA-OT, "Amortized Optimal
+      Transport from Sliced Potentials", 2026, arXiv 2604.15114): it asks nothing of the
+      teacher's iterations, and is the wrong aim where they are far from converged. With
+      `features=("query",)` too, it is our form of Meta OT (Amos et al., 2022, arXiv
+      2206.05262): a network that sees no slices (`asap_jax.amortized`).
     target_tv: total variation to the teacher's plan that is close enough. If given,
       each layer gets the operator that reaches it on held-out batches and is fastest
       on this device: a dual map with or without sorting and with one closure or more,
@@ -121,6 +129,7 @@ def compile(
     refine_steps=refine_steps if refine else 0,
     seed=seed,
     progress=progress,
+    objective=objective,
   )
   options.check(teacher.layers[0].dim)
   if refine and refine_steps < 1:

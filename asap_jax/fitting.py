@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from asap_jax.amortized import objective_sample
 from asap_jax.calibrate import RidgeStatistics, add_batch, empty_statistics, solve_ridge
 from asap_jax.directions import DirectionKind, draw_directions
 from asap_jax.dual_map import DualMap
@@ -22,6 +23,10 @@ from asap_jax.sinkhorn import sinkhorn_source_dual
 from asap_jax.standardise import add_network
 from asap_jax.surgery import Activation
 from asap_jax.weights import centre
+
+# What refinement descends on: KL(teacher plan || compiled plan), or minus the dual
+# objective of the converged problem.
+Objective = Literal["plan", "dual"]
 
 # Activations in memory at once during refinement; of those held out, a quarter.
 _SAMPLE_BYTES = 2**30
@@ -39,6 +44,7 @@ class FitOptions(NamedTuple):
   refine_steps: int  # zero for none
   seed: int
   progress: bool
+  objective: Objective = "plan"
 
   def check(self, dim: int) -> None:
     """Raises ValueError unless the options make sense for heads of dimension `dim`."""
@@ -48,6 +54,8 @@ class FitOptions(NamedTuple):
         raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
     if self.hidden == 1:
       raise ValueError("hidden=1: expected at least two units, or 0 for none")
+    if self.objective not in get_args(Objective):
+      raise ValueError(f"objective={self.objective!r}: expected 'plan' or 'dual'")
 
 
 class FittedLayer(NamedTuple):
@@ -144,7 +152,8 @@ def _refine(
   """Refines the chosen layers, in parts where not all activations fit into memory."""
   layers = [teacher.layers[index] for index in chosen]
   held_out, _ = next(
-    _parts(teacher, chosen, _SAMPLE_BYTES // 4, held_out=True), ([], 0)
+    _parts(teacher, chosen, _SAMPLE_BYTES // 4, options.objective, held_out=True),
+    ([], 0),
   )
   if not held_out:
     raise ValueError(
@@ -152,7 +161,8 @@ def _refine(
     )
   refiners: list[Refiner] = []
   seconds = [0.0] * len(chosen)
-  for pools, batches in _parts(teacher, chosen, _SAMPLE_BYTES, held_out=False):
+  parts = _parts(teacher, chosen, _SAMPLE_BYTES, options.objective, held_out=False)
+  for pools, batches in parts:
     share = math.ceil(options.refine_steps * batches / fitted[0].batches)
     for place, index in enumerate(chosen):
       start = time.perf_counter()
@@ -195,7 +205,12 @@ def _refiner(
 
 
 def _parts(
-  teacher: Observer, chosen: list[int], size: int, *, held_out: bool
+  teacher: Observer,
+  chosen: list[int],
+  size: int,
+  objective: Objective,
+  *,
+  held_out: bool,
 ) -> Iterator[tuple[list[list[Sample]], int]]:
   """Pools of samples of each chosen layer, and their batches, some bytes at a time."""
   stream = teacher.activations("Recording", held_out=held_out)
@@ -207,7 +222,12 @@ def _parts(
       for index, samples in zip(chosen, kept, strict=True):
         iterations = teacher.layers[index].site.iterations
         for activation in calls[index]:
-          samples.append(jax.device_get(sample_of(activation, iterations)))
+          sample = (
+            objective_sample(activation)
+            if objective == "dual"
+            else sample_of(activation, iterations)
+          )
+          samples.append(jax.device_get(sample))
           stored += host_bytes(samples[-1])
       if stored > size:
         break

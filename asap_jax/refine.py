@@ -6,8 +6,9 @@ With A = exp(S + f + g) closed from f_hat (rows exact) and the teacher's plan A_
 
 where c are the column sums of A_T and its rows sum to one. The first term does not
 depend on the dual map, so what descends needs the teacher's column sums alone, not its
-plan. The ridge fit is the start and the best parameters on held-out batches are the
-result, which is never worse there than the start.
+plan. With the exact column sums in their place it is minus the dual objective
+(`asap_jax.amortized`). The ridge fit is the start and the best parameters on held-out
+batches are the result, which is never worse there than the start.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ class Refined(NamedTuple):
 
   Attributes:
     dual_map: the best on held-out samples, the start included.
-    held_out_kl: mean KL there before the first step and at every check since.
+    held_out_kl: mean KL there before the first step and at every check since; minus
+      the dual objective per row where the samples are `objective_sample`s.
     steps: taken when `dual_map` was found.
   """
 
@@ -123,7 +125,7 @@ class Refiner:
 
   @property
   def finished(self) -> bool:
-    """Whether all steps are taken, patience has ended or the KL was not finite."""
+    """Whether all steps are taken, patience has ended or the loss was not finite."""
     stale = self._taken - self._best_step >= self._patience * self._check_every
     return self._taken >= self._steps or stale or not np.isfinite(self._losses[-1])
 
@@ -146,7 +148,7 @@ class Refiner:
     self._losses.append(self._judge(current))
     if not np.isfinite(self._losses[-1]):
       warnings.warn(
-        f"{self._description}: KL is {self._losses[-1]} after {self._taken} steps; "
+        f"{self._description}: loss {self._losses[-1]} after {self._taken} steps; "
         f"going back to step {self._best_step}",
         stacklevel=3,
       )

@@ -1,9 +1,10 @@
-"""Attentions of `asap_jax.peers` by name, to be trained from scratch.
+"""Attentions of `asap_jax.peers` by name, to be trained from scratch in an encoder.
 
 Hyperparameters are the defaults of their functions, and where there is none, those of
 this module.
 """
 
+import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 
 from asap_jax.peers import ATTENTIONS, attention_named
 from asap_jax.peers.layers import DifferentialAttention, ESPAttention, LOTAttention
+from experiments.models import Encoder, EncoderConfig
 
 # As `asap_jax.compile` has it.
 SLICES = 8
@@ -52,6 +54,30 @@ def build_attention(
   if name == "differential":
     return DifferentialAttention(dim, layer, rngs=rngs)
   return function
+
+
+def build(name: str, config: EncoderConfig, seed: int) -> Encoder:
+  """An encoder with a named attention; all else starts alike under one seed.
+
+  Raises:
+    ValueError: as `build_attention`.
+  """
+  own = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
+  dim = config.width // config.heads
+  functions = [
+    build_attention(name, heads=config.heads, dim=dim, layer=layer, rngs=own)
+    for layer in range(1, config.layers + 1)
+  ]
+  return Encoder(config, functions, nnx.Rngs(seed))
+
+
+def trainable(text: str) -> str:
+  """Type of an argument of argparse: a name that `build_attention` takes."""
+  try:
+    build_attention(text, heads=1, dim=2, layer=1, rngs=nnx.Rngs(0))
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
+  return text
 
 
 @functools.cache

@@ -152,7 +152,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
     Claim(_LOT, "less overhead than other doubly stochastic forms", _BEATS_SINKHORN),
     Claim(
       _LOT,
-      "accuracy is kept",
+      "much accuracy for its cost (here: that of softmax is kept)",
       functools.partial(as_accurate, as_="softmax"),
     ),
   ),
@@ -165,11 +165,19 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
   ),
   "swgg": (
     Claim(_SWGG, "a transport plan from one slice", doubly_stochastic),
-    Claim(_SWGG, "at the price of sorting", _BEATS_SINKHORN),
+    Claim(
+      _SWGG,
+      "as complex as sliced transport (here: cheaper than Sinkhorn's iterations)",
+      _BEATS_SINKHORN,
+    ),
   ),
   "est": (
     Claim(_EST, "a transport plan from all slices", doubly_stochastic),
-    Claim(_EST, "cheaper than entropic solvers", _BEATS_SINKHORN),
+    Claim(
+      _EST,
+      "with the efficiency of slices (here: cheaper than Sinkhorn's iterations)",
+      _BEATS_SINKHORN,
+    ),
   ),
   "asap": (
     Claim(

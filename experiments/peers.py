@@ -10,15 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 
 import asap_jax
 from experiments import replacements
-from experiments.attentions import build_attention
+from experiments.attentions import build, trainable
 from experiments.claims import judge
 from experiments.data import Dataset, Split, batches_of, digits, shift_digits
-from experiments.models import Encoder, EncoderConfig
+from experiments.models import EncoderConfig
 from experiments.peers_measure import cost_of, measure, pooled
 from experiments.peers_report import displayed, draw
 from experiments.results import new_directory, print_rows, write_results
@@ -66,12 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _name(text: str) -> str:
   """Type of an argument of argparse."""
-  if text not in DERIVED:
-    try:
-      build_attention(text, heads=1, dim=2, layer=1, rngs=nnx.Rngs(0))
-    except ValueError as error:
-      raise argparse.ArgumentTypeError(str(error)) from None
-  return text
+  return text if text in DERIVED else trainable(text)
 
 
 def _seeds(text: str) -> list[int]:
@@ -144,17 +138,6 @@ def tokens_of(data: Dataset) -> Dataset:
     part._replace(inputs=part.inputs[..., None]) for part in (data.train, data.test)
   )
   return data._replace(train=train, test=test)
-
-
-def build(name: str, config: EncoderConfig, seed: int) -> Encoder:
-  """An encoder with a named attention; all else starts alike under one seed."""
-  own = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
-  dim = config.width // config.heads
-  functions = [
-    build_attention(name, heads=config.heads, dim=dim, layer=layer, rngs=own)
-    for layer in range(1, config.layers + 1)
-  ]
-  return Encoder(config, functions, nnx.Rngs(seed))
 
 
 def trained(

@@ -1,12 +1,13 @@
 """Train a small Sinkhorn Transformer on digits, compile it, and count gain and loss.
 
-python -m experiments.quickstart --out DIR [--seed N]
+python -m experiments.quickstart --out DIR [--seed N] [--attention NAME ...]
 """
 
 import argparse
 import functools
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ import asap_jax
 from asap_jax.fidelity import Operator, operator_of, plan_of
 from asap_jax.plotting import plot_plans
 from asap_jax.surgery import find_sinkhorn, held_at, recorder
-from experiments import replacements
+from experiments import peers, replacements
+from experiments.attentions import TRAINABLE, trainable
 from experiments.data import batches_of, digits, shift_digits
 from experiments.models import Encoder, EncoderConfig
 from experiments.results import new_directory, print_rows, write_results
@@ -26,19 +28,35 @@ ITERATIONS, CUTS, SLICES, REFINE_STEPS = 20, (1, 2, 3, 5), 8, 500
 MODEL = EncoderConfig(length=64, token_size=1, classes=10)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=new_directory, required=True, help="new directory")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--steps", type=int, default=1500, help="training steps")
-  args = parser.parse_args()
-  run(args.out, args.seed, args.steps)
+  parser.add_argument(
+    "--attention",
+    type=trainable,
+    nargs="+",
+    default=[],
+    metavar="NAME",
+    help=f"trains these too: {', '.join(TRAINABLE)}, sinkhorn@k",
+  )
+  args = parser.parse_args(arguments)
+  run(args.out, args.seed, args.steps, attentions=args.attention)
 
 
 def run(
-  out: pathlib.Path, seed: int, steps: int, refine_steps: int = REFINE_STEPS
+  out: pathlib.Path,
+  seed: int,
+  steps: int,
+  refine_steps: int = REFINE_STEPS,
+  attentions: Sequence[str] = (),
 ) -> list[dict]:
-  """The whole experiment; returns the rows that it writes to `out/results.json`."""
+  """The whole experiment; returns the rows that it writes to `out/results.json`.
+
+  `attentions` are trained beside softmax and the teacher, and have a row each; those
+  that end with a loss that is not finite have none.
+  """
   started, seconds = time.perf_counter(), {}
   data = digits(seed)
   data = data._replace(
@@ -55,6 +73,12 @@ def run(
     label = f"Training {name}"
     train_classifier(model, data.train, TrainConfig(steps), seed, label, shift_digits)
     trained[name] = model
+  names = [name for name in dict.fromkeys(attentions) if name not in trained]
+  others = {
+    # Not the teacher stopped after as many iterations.
+    f"{name}, trained" if name.startswith("sinkhorn@") else name: model
+    for name, model in peers.trained(names, data.train, MODEL, seed, steps).items()
+  }
   teacher = trained["sinkhorn"]
   seconds["train"] = time.perf_counter() - started
 
@@ -87,21 +111,23 @@ def run(
     raise RuntimeError("the restored model's outputs differ from the compiled model's")
   models = {
     **trained,
+    **others,
     "softmax_swap": replacements.softmax_swap(teacher),
     **{f"sinkhorn@{k}": replacements.cut_sinkhorn(teacher, k) for k in CUTS},
     "ridge": ridge,
     "asap": restored,
   }
-  rows = _measure(models, data.test)
+  rows = _measure(models, data.test, own_weights=("softmax", *others))
   rows["asap"]["restored_identical"] = identical
   draw_plans(teacher, restored, data.test.inputs[:120], out / "plans.png")
   seconds["evaluate"] = time.perf_counter() - mark
   seconds["total"] = time.perf_counter() - started
 
   cuts = [f"sinkhorn@{k}" for k in CUTS]
-  order = ("softmax", "softmax_swap", "sinkhorn", *cuts, "ridge", "asap")
+  order = ("softmax", *others, "softmax_swap", "sinkhorn", *cuts, "ridge", "asap")
   rows = replacements.ordered(rows, order)
   config = {"seed": seed, "steps": steps, "iterations": ITERATIONS, "slices": SLICES}
+  config["attentions"] = names
   path = write_results(out, "quickstart", config, rows, seconds)
   print_rows(rows, f"digits, {len(data.test.labels)} test images")
   print(f"Restored model: outputs identical. Wrote {path} and {out / 'plans.png'}")
@@ -109,10 +135,10 @@ def run(
   return rows
 
 
-def _measure(models, test) -> dict[str, dict]:
+def _measure(models, test, own_weights) -> dict[str, dict]:
   call = lambda model, batch: model(batch)  # noqa: E731
   batches = batches_of(test.inputs, 120)
-  compared = {name: model for name, model in models.items() if name != "softmax"}
+  compared = {name: model for name, model in models.items() if name not in own_weights}
   fidelity = replacements.plan_fidelity(models["sinkhorn"], compared, batches, call)
   times = replacements.forward_milliseconds(models, batches[0], call)
   return {

@@ -62,6 +62,12 @@ def test_results_are_replaced_whole(tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_quickstart_refuses_unknown_attentions(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    quickstart.main(["--out", str(tmp_path / "out"), "--attention", "lott"])
+  assert "name='lott': expected one of" in capsys.readouterr().err
+
+
 def test_quickstart_runs_from_end_to_end(tmp_path, monkeypatch):
   def few_digits(seed):
     data = digits(seed)
@@ -70,11 +76,14 @@ def test_quickstart_runs_from_end_to_end(tmp_path, monkeypatch):
 
   monkeypatch.setattr(quickstart, "digits", few_digits)
   out = tmp_path / "out"
-  quickstart.run(out, seed=0, steps=3, refine_steps=2)
+  names = ["lot", "sinkhorn", "sinkhorn@2"]
+  quickstart.run(out, seed=0, steps=3, refine_steps=2, attentions=names)
   results = json.loads((out / "results.json").read_text())
   rows = {row["method"]: row for row in results["rows"]}
   assert list(rows) == [
     "softmax",
+    "lot",
+    "sinkhorn@2, trained",
     "softmax_swap",
     "sinkhorn",
     "sinkhorn@1",
@@ -84,6 +93,8 @@ def test_quickstart_runs_from_end_to_end(tmp_path, monkeypatch):
     "ridge",
     "asap",
   ]
+  # Of other weights: their plans are not the teacher's.
+  assert "tv" not in rows["lot"]
   assert rows["sinkhorn"]["tv"] == pytest.approx(0.0, abs=1e-5)
   assert rows["asap"]["tv"] < rows["sinkhorn@1"]["tv"] < rows["softmax_swap"]["tv"]
   assert rows["asap"]["restored_identical"] is True

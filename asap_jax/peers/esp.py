@@ -25,38 +25,68 @@ from asap_jax.attention_inputs import Inputs
 from asap_jax.peers.coupling import couple, gather, project
 from asap_jax.peers.signature import Call, attention_fn
 from asap_jax.slices import normalise
+from asap_jax.sorting import order_of
 from asap_jax.weights import valid, zero_invalid
 
 
 class SoftPlan(NamedTuple):
-  """Plans U^T V along slices, weighted.
+  """Plans U^T V along slices, weighted; each matrix enters one product alone.
 
   Attributes:
-    queries: U, `[..., slices, n, n]`, sorted place by query.
+    queries: U times its row sums, `[..., slices, n, n]`, sorted place by query.
     keys: V, likewise.
-    weights: of the slices, `[..., slices]`.
+    inputs: of the call, keys scaled.
+    inverse_temperature: tau of the weights of the slices.
   """
 
   queries: Float[Array, "*batch slices n n"]
   keys: Float[Array, "*batch slices n n"]
-  weights: Float[Array, "*batch slices"]
+  inputs: Inputs
+  inverse_temperature: float | Array
 
   def dense(self) -> Float[Array, "*batch n n"]:
     """The attention weights: O(slices n^3) time, unlike `apply`."""
-    weighted = self.weights[..., None, None] * self.keys
-    return jnp.einsum("...lsi,...lsj->...ij", self.queries, weighted)
+    weights, _ = self._transported(self.inputs.value[..., :0])
+    queries, keys = _normalised(self.queries), _normalised(self.keys)
+    weighted = weights[..., None, None] * keys
+    return jnp.einsum("...lsi,...lsj->...ij", queries, weighted)
 
   def apply(
     self,
     value: Float[Array, "*batch n features"],
     precision: jax.lax.PrecisionLike = None,
   ) -> Float[Array, "*batch n features"]:
-    """The weights times values in O(slices n^2), in the dtype of the values."""
-    wide = value.astype(self.keys.dtype)
-    moved = jnp.einsum("...lsj,...jv->...lsv", self.keys, wide, precision=precision)
-    moved = self.weights[..., None, None] * moved
-    out = jnp.einsum("...lsi,...lsv->...iv", self.queries, moved, precision=precision)
-    return out.astype(value.dtype)
+    """The weights times values in O(slices n^2), in the dtype of the values.
+
+    `precision` is without effect: costs, which share the products, need the highest.
+    """
+    weights, moved = self._transported(value.astype(self.keys.dtype))
+    return jnp.einsum("...l,...liv->...iv", weights, moved).astype(value.dtype)
+
+  def _transported(self, value: Array) -> tuple[Array, Array]:
+    """Weights of the slices, and values moved by the plan of each.
+
+    With P = U^T V the cost is sum_i |q_i|^2 (P 1)_i + (P |k|^2)_i - 2 q_i (P k)_i:
+    what it takes of P are more columns of values.
+    """
+    query, key = self.inputs.query, self.inputs.key
+    # Distances do not change, and lose less, around the middle of the keys.
+    middle = jax.lax.stop_gradient(key.mean(-2, keepdims=True))
+    query, key = query - middle, key - middle
+    dim = key.shape[-1]
+    squares = jnp.sum(key**2, -1, keepdims=True)
+    columns = jnp.concatenate([key, squares, jnp.ones_like(squares), value], axis=-1)
+    high = jax.lax.Precision.HIGHEST
+    placed = jnp.einsum("...lsj,...jc->...lsc", self.keys, columns, precision=high)
+    # The ones give the row sums of V; of U they scale what its product sums over.
+    sums = placed[..., dim + 1, None] * self.queries.sum(-1)[..., None]
+    placed = placed / jnp.where(sums > 0, sums, 1.0)
+    moved = jnp.einsum("...lsi,...lsc->...lic", self.queries, placed, precision=high)
+    of_key, of_squares, mass, values = jnp.split(moved, [dim, dim + 1, dim + 2], -1)
+    query = query[..., None, :, :]
+    costs = jnp.sum(query**2, -1, keepdims=True) * mass + of_squares
+    costs = costs[..., 0] - 2 * jnp.sum(query * of_key, axis=-1)
+    return _weights(self.inputs, costs.sum(-1), self.inverse_temperature), values
 
 
 @attention_fn(takes_bias=False)
@@ -104,12 +134,10 @@ def esp_attention(
     costs = (couplings.shares[..., None] * apart**2).sum((-2, -1))
     return call.attend(couplings.weighted(_weights(inputs, costs, inverse_temperature)))
   queries, keys = (
-    soft_permutation(project(points, directions), sort_temperature, mask)
+    _kernel(project(points, directions), sort_temperature, mask)
     for points, mask in zip((inputs.query, inputs.key), masks, strict=True)
   )
-  costs = _soft_costs(inputs.query, inputs.key, queries, keys)
-  weights = _weights(inputs, costs, inverse_temperature)
-  return call.attend(SoftPlan(queries, keys, weights))
+  return call.attend(SoftPlan(queries, keys, inputs, inverse_temperature))
 
 
 def soft_permutation(
@@ -125,34 +153,26 @@ def soft_permutation(
     mask: valid points, `[..., n]`; the others have no place, and their rows and columns
       are zero.
   """
+  return _normalised(_kernel(x, temperature, mask))
+
+
+def _kernel(x: Array, temperature: float | Array, mask: Array | None) -> Array:
+  """`soft_permutation` before its rows are divided by their sums."""
   mask = None if mask is None else mask[..., None, :]
-  order = jnp.argsort(x if mask is None else jnp.where(mask, x, jnp.inf), axis=-1)
-  places = jnp.take_along_axis(zero_invalid(x, mask), order, axis=-1)
-  scores = -((places[..., :, None] - x[..., None, :]) ** 2) / temperature
+  order = order_of(x if mask is None else jnp.where(mask, x, jnp.inf))
+  x = zero_invalid(x, mask)
+  places = jnp.take_along_axis(x, order, axis=-1)
+  # At most one, and one at the point whose place it is: no maximum to subtract.
+  kernel = jnp.exp((places[..., :, None] - x[..., None, :]) ** 2 * (-1.0 / temperature))
   if mask is None:
-    return jax.nn.softmax(scores, axis=-1)
-  soft = jax.nn.softmax(scores, axis=-1, where=mask[..., None, :])
+    return kernel
   taken = jnp.arange(x.shape[-1]) < mask.sum(-1, keepdims=True)
-  return jnp.where(taken[..., None] & mask[..., None, :], soft, 0.0)
+  return jnp.where(taken[..., None] & mask[..., None, :], kernel, 0.0)
 
 
-def _soft_costs(query: Array, key: Array, queries: Array, keys: Array) -> Array:
-  """Sums of |q_i - k_j|^2 under U^T V, expanded: `[..., slices]`, no n x n costs."""
-  high = jax.lax.Precision.HIGHEST
-  # Distances do not change, and lose less, around the middle of the keys.
-  middle = jax.lax.stop_gradient(key.mean(-2, keepdims=True))
-
-  def moments(points, soft):
-    points = points - middle
-    squares = (points**2).sum(-1)
-    first = jnp.einsum("...lsi,...id->...lsd", soft, points, precision=high)
-    second = jnp.einsum("...lsi,...i->...ls", soft, squares, precision=high)
-    return soft.sum(-1), first, second
-
-  mass_q, first_q, second_q = moments(query, queries)
-  mass_k, first_k, second_k = moments(key, keys)
-  cross = (first_q * first_k).sum(-1)
-  return (second_q * mass_k + mass_q * second_k - 2 * cross).sum(-1)
+def _normalised(kernel: Array) -> Array:
+  sums = kernel.sum(-1, keepdims=True)
+  return kernel / jnp.where(sums > 0, sums, 1.0)
 
 
 def _weights(inputs: Inputs, costs: Array, inverse_temperature: float | Array) -> Array:
