@@ -27,6 +27,7 @@ with the exact column sums in place of the teacher's.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,7 @@ def fit_by_objective(
   steps: int,
   hidden: int = 0,
   seed: int = 0,
-  **options,
+  **options: Any,
 ) -> Refined:
   """Fits all parameters of a dual map by the dual objective: OA-OT, or Meta OT.
 

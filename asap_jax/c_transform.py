@@ -216,8 +216,7 @@ def column_sums(
   query_weights: Weights, key_weights: Weights, n: int, m: int
 ) -> Float[Array, "... m"]:
   """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
-  if query_weights is None:
-    total = float(n)
-  else:
-    total = valid(query_weights).sum(-1, keepdims=True).astype(jnp.float32)
-  return masses(key_weights, m) * total
+  mask = valid(query_weights)
+  if mask is None:
+    return masses(key_weights, m) * float(n)
+  return masses(key_weights, m) * mask.sum(-1, keepdims=True).astype(jnp.float32)

@@ -208,14 +208,14 @@ def _by_groups(
     return array if group == 1 else array.reshape(-1, group, *array.shape[1:])
 
   bias = problem.bias
-  shared = bias is not None and bias.shape[0] == 1
-  grouped = jax.tree.map(split, problem._replace(bias=None if shared else bias))
+  shared = bias if bias is not None and bias.shape[0] == 1 else None
+  grouped = jax.tree.map(split, problem._replace(bias=bias if shared is None else None))
 
   # Nothing of a group but its arguments is kept for the backward pass.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def attend(grouped):
-    if shared:
-      grouped = grouped._replace(bias=bias if group > 1 else bias[0])
+    if shared is not None:
+      grouped = grouped._replace(bias=shared if group > 1 else shared[0])
     return function(grouped)
 
   out = jax.lax.map(attend, grouped)

@@ -64,7 +64,7 @@ def scaled_attention(
   def attend(query, key, value, query_weights, key_weights, relaxation, f):
     weights = query_weights, key_weights
     logits = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
-    if f is None:
+    if f is None and predict is not None:
       f = predict(query, key, *weights, products=logits)
     if bias is not None:
       logits = logits + bias

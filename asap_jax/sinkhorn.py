@@ -120,7 +120,8 @@ def _iterate_forward(iterations, logits, a, b, start):
 
 
 def _iterate_backward(iterations, residuals, cotangents):
-  return tuple(unrolled_cotangents(*residuals, *cotangents, iterations))
+  arguments = (*residuals, *cotangents, iterations)
+  return tuple(unrolled_cotangents(*arguments))
 
 
 _iterate.defvjp(_iterate_forward, _iterate_backward)

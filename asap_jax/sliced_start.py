@@ -140,7 +140,9 @@ def sliced_start(
   return centre(f, query_weights)
 
 
-def _check(query: Array, key: Array, query_weights: Weights, key_weights: Weights):
+def _check(
+  query: Array, key: Array, query_weights: Weights, key_weights: Weights
+) -> None:
   if query.shape[-1] != key.shape[-1]:
     raise ValueError(
       f"query {query.shape} and key {key.shape}: expected the same last dimension"

@@ -110,7 +110,8 @@ class DifferentialAttention(nnx.Module):
   @property
   def parameters(self) -> DifferentialParameters:
     """The parameters as they stand."""
-    return DifferentialParameters(*self.vectors[...], self.gain[...])
+    query_1, key_1, query_2, key_2 = self.vectors[...]
+    return DifferentialParameters(query_1, key_1, query_2, key_2, self.gain[...])
 
   def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
     """`differential_attention` with these parameters; see there."""
