@@ -63,6 +63,9 @@ def dual_objective(
     query_weights: `None`, mask or masses `[..., n]`.
     key_weights: likewise, `[..., m]`.
 
+  Returns:
+    D of each problem, `[...]`.
+
   Raises:
     ValueError: if weights do not fit the logits.
   """
@@ -83,7 +86,19 @@ def dual_gradient(
   """The gradient of `dual_objective` in closed form: row sums asked for less given.
 
   The plan is that of f and its c-transform, so its columns are exact. Works under jit,
-  vmap and grad; arguments and errors as in `dual_objective`.
+  vmap and grad.
+
+  Args:
+    logits: see `dual_objective`, as all arguments.
+    f: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+
+  Returns:
+    `[..., n]`, zero at absent queries.
+
+  Raises:
+    ValueError: as in `dual_objective`.
   """
   weights = query_weights, key_weights
   f = zero_invalid(f.astype(jnp.promote_types(f.dtype, jnp.float32)), query_weights)
@@ -128,6 +143,9 @@ def fit_by_regression(
       the calibration of `asap_jax.compile`.
     features: kinds, as in `asap_jax.DualMap`.
     ridge: see `asap_jax.calibrate.solve_ridge`.
+
+  Returns:
+    `DualMap` without a network.
 
   Raises:
     ValueError: if there is nothing to fit on, or as in the functions named above.
@@ -191,6 +209,13 @@ def unsliced_map(heads: int, dim: int) -> DualMap:
 
   Its features are the queries alone; with `hidden` units (`fit_by_objective`) it is a
   network on points that is equivariant to their order. Its one direction is not used.
+
+  Args:
+    heads: number of heads.
+    dim: head dimension.
+
+  Returns:
+    `DualMap` with weights zero.
   """
   return DualMap(
     jnp.ones((heads, 1, dim)), jnp.zeros((heads, dim)), features=("query",)

@@ -62,8 +62,25 @@ def chunked_attention(
   an n x m matrix, at the price of an exponential for every half-iteration. From f = 0
   it is Sinkhorn cut to `count` iterations, streamed. Works under jit, vmap and grad, in
   forward mode and to second order too; reverse mode of several closures keeps the dual
-  of each, O(count n), and nothing else. Arguments, result and errors as there; a bias
-  is read chunk by chunk and never broadcast.
+  of each, O(count n), and nothing else.
+
+  Args:
+    query: see `asap_jax.fused.scaled_attention`, as all arguments not listed here.
+    key: likewise.
+    value: likewise.
+    f: query-side dual to start at, `[..., n]`.
+    count: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+    bias: likewise; read chunk by chunk and never broadcast.
+    relaxation: likewise.
+    precision: likewise.
+
+  Returns:
+    As `scaled_attention`.
+
+  Raises:
+    ValueError: as `scaled_attention`.
   """
   check_closures(count, relaxation)
   n, m = query.shape[-2], key.shape[-2]

@@ -71,6 +71,9 @@ def cudnn_attention(
     scale: of the logits, not zero; a Python number, part of the kernel.
     fused: the fused attention to call.
 
+  Returns:
+    As `scaled_attention`.
+
   Raises:
     ValueError: for a dtype, a bias or a scale that the kernel does not take; else as
       `scaled_attention`.

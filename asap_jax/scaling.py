@@ -100,7 +100,21 @@ def scaled_plan(
   From f = 0 it is Sinkhorn cut to `count` iterations. Rows are exact. Works under jit,
   vmap and grad, whatever the logits. Derivatives are right to first order; for second
   ones of several closures take `closures`, for JAX drops custom rules inside a scan
-  there. Arguments and errors as in `closures`.
+  there.
+
+  Args:
+    logits: see `asap_jax.c_transform.closures`, as all arguments.
+    f: likewise.
+    count: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+    relaxation: likewise.
+
+  Returns:
+    `ScaledPlan`, with the duals of the plan.
+
+  Raises:
+    ValueError: as in `closures`.
   """
   check_closures(count, relaxation)
   check_logits(logits, query_weights, key_weights)

@@ -137,8 +137,19 @@ def sinkhorn_source_dual(
 
   Closing it (`asap_jax.c_transform.closure`) gives back the plan of all `iterations`,
   converged or not: the target of calibration, computed in the scaling domain, which is
-  several times faster than `sinkhorn_duals`. Works under jit, vmap and grad; arguments
-  and errors as there.
+  several times faster than `sinkhorn_duals`. Works under jit, vmap and grad.
+
+  Args:
+    logits: see `sinkhorn_duals`, as all arguments.
+    iterations: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+
+  Returns:
+    f, `[..., n]`, zero on absent queries; zero everywhere for a single iteration.
+
+  Raises:
+    ValueError: as in `sinkhorn_duals`.
   """
   if iterations < 1:
     raise ValueError(f"iterations={iterations}: expected at least one full iteration")

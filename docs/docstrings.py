@@ -42,7 +42,7 @@ def problems(root: pathlib.Path = ROOT, package: str = PACKAGE) -> list[str]:
   griffe_log = logging.getLogger("griffe")
   griffe_log.addHandler(captured)
   try:
-    loaded = griffe.load(package, search_paths=[root], docstring_parser="google")
+    loaded = load(root, package)
     api = set(api_names(loaded))
     found = [
       problem for each in _public(loaded) for problem in _of(each, each.path in api)
@@ -50,6 +50,13 @@ def problems(root: pathlib.Path = ROOT, package: str = PACKAGE) -> list[str]:
   finally:
     griffe_log.removeHandler(captured)
   return [*captured.messages, *found]
+
+
+def load(root: pathlib.Path = ROOT, package: str = PACKAGE) -> griffe.Module:
+  """The package as griffe reads it."""
+  return griffe.load(
+    package, search_paths=[root], docstring_parser="google", try_relative_path=False
+  )
 
 
 def api_names(loaded: griffe.Module) -> Iterator[str]:
@@ -62,8 +69,12 @@ def shown(module: griffe.Module) -> list[griffe.Object]:
   """What a module exports, or defines where it has no `__all__`, but its constants."""
   if module.exports is None:
     return [each for each in module.members.values() if is_public(each)]
-  members = [module.members[str(name)] for name in module.exports]
-  targets = [each.final_target if each.is_alias else each for each in members]
+  targets = []
+  for name in map(str, module.exports):
+    found = module.members[name]
+    found = found.final_target if found.is_alias else found
+    # A function may hide the module of its own name.
+    targets.append(found.members.get(name, found) if found.is_module else found)
   return [each for each in targets if is_public(each)]
 
 
@@ -135,7 +146,7 @@ def _fields(found: griffe.Class) -> Iterator[str]:
 def _raised(found: griffe.Function | griffe.Class) -> set[str]:
   """Names of the exceptions that a function, or a class's `__init__`, raises itself."""
   if found.is_class:
-    if "__init__" not in found.members or found.members["__init__"].lineno is None:
+    if "__init__" not in found.members or "dataclass" in found.labels:
       return set()
     found = found.members["__init__"]
   source = textwrap.dedent("\n".join(found.lines))

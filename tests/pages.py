@@ -10,7 +10,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 def examples(page: pathlib.Path) -> list[str]:
   """The Python blocks of a page."""
-  return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+  return re.findall(
+    r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+  )
 
 
 def run_examples(page: pathlib.Path) -> dict[str, Any]:
@@ -23,4 +25,6 @@ def run_examples(page: pathlib.Path) -> dict[str, Any]:
 
 def figures(page: pathlib.Path) -> list[pathlib.Path]:
   """The image files that a page shows."""
-  return [page.parent / path for path in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())]
+  return [
+    page.parent / path for path in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
+  ]

@@ -10,7 +10,7 @@ import sys
 import pytest
 from pages import PAGES, ROOT, examples, run_examples
 
-griffe = pytest.importorskip("griffe", reason="needs the extra `docs`")
+pytest.importorskip("griffe", reason="needs the extra `docs`")
 _spec = importlib.util.spec_from_file_location(
   "docstrings", ROOT / "docs" / "docstrings.py"
 )
@@ -21,9 +21,8 @@ WITH_CODE = [page for page in PAGES if examples(page) and page.name != "README.m
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
-def test_code_on_pages_runs(page, capsys):
-  names = run_examples(page)
-  assert len(names) > 2
+def test_code_on_pages_runs(page):
+  run_examples(page)
 
 
 def test_docstrings_of_public_names_are_whole():
@@ -31,20 +30,20 @@ def test_docstrings_of_public_names_are_whole():
 
 
 def test_pages_show_every_name_of_the_api_once():
-  loaded = griffe.load(docstrings.PACKAGE, search_paths=[ROOT])
-  shown = collections.Counter()
+  loaded = docstrings.load()
+  on_pages = collections.Counter()
   for page in PAGES:
     for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
       found = loaded[path.removeprefix("asap_jax.")]
       found = found.final_target if found.is_alias else found
       whole = found.is_module and path != "asap_jax.peers"  # only its text
       members = docstrings.shown(found) if whole else [found]
-      shown.update(each.path for each in members if not each.is_module)
-  assert shown == collections.Counter(set(docstrings.api_names(loaded)))
+      on_pages.update(each.path for each in members if not each.is_module)
+  assert on_pages == collections.Counter(set(docstrings.api_names(loaded)))
 
 
 GOOD = '''
-def scale(x, factor: float = 1.0) -> float:
+def scale(x: float, factor: float = 1.0) -> float:
   """x times a factor.
 
   Args:
@@ -89,7 +88,7 @@ def test_a_whole_docstring_is_passed(tmp_path):
     ("    factor: by which.\n", "    factor by which.\n", "factor"),
     ("  Returns:\n    The product.\n\n", "", "no Returns"),
     ("  Raises:\n    ValueError: if the factor is zero.\n", "", "lacks ValueError"),
-    ("    ValueError: if the", "    if the", "[Ee]xception"),
+    ("    ValueError: if the", "    if the", "exception"),
   ],
 )
 def test_what_is_missing_or_malformed_is_found(old, new, said, tmp_path):

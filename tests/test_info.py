@@ -1,5 +1,6 @@
 """What a report of a fault needs: true, whole, and there when JAX is not."""
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -30,15 +31,14 @@ def test_an_implementation_is_available_where_attention_runs_with_it():
   for dtype, reasons in named.items():
     tokens = jnp.ones((1, 128, 1, 64), dtype)
     for name, reason in reasons.items():
-      call = lambda tokens, name=name: sinkhorn_attention(
-        tokens, tokens, tokens, iterations=1, implementation=name
+      call = functools.partial(
+        sinkhorn_attention, tokens, tokens, tokens, iterations=1, implementation=name
       )
       if reason is None:
-        assert jax.eval_shape(call, tokens).dtype == dtype
-        assert call(tokens).dtype == dtype
+        assert jax.eval_shape(call).dtype == dtype
       else:
         with pytest.raises(ValueError, match="cannot serve") as raised:
-          call(tokens)
+          jax.eval_shape(call)
         assert str(raised.value) == reason
 
 

@@ -89,6 +89,9 @@ class DifferentialAttention(nnx.Module):
     rngs: source of the vectors, normal of deviation 0.1, stream `params`; the gain
       starts at one.
     **options: bound to `differential_attention`; hashable values.
+
+  Raises:
+    ValueError: if `dim` is odd or `layer` is below one.
   """
 
   def __init__(
