@@ -8,7 +8,7 @@ import functools
 import pathlib
 import time
 
-import jax.numpy as jnp
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
@@ -82,7 +82,7 @@ def run(
   mark = time.perf_counter()
   identical = all(
     np.array_equal(predict(restored, batch), predict(compiled, batch))
-    for batch in map(jnp.asarray, batches_of(data.test.inputs, 120))
+    for batch in batches_of(data.test.inputs, 120)
   )
   if not identical:
     raise RuntimeError("the restored model's outputs differ from the compiled model's")
@@ -93,15 +93,15 @@ def run(
     "ridge": ridge,
     "asap": restored,
   }
-  measured = _measure(models, data.test)
-  measured["asap"]["restored_identical"] = identical
+  rows = _measure(models, data.test)
+  rows["asap"]["restored_identical"] = identical
   draw_plans(teacher, restored, data.test.inputs[:120], out / "plans.png")
   seconds["evaluate"] = time.perf_counter() - mark
   seconds["total"] = time.perf_counter() - started
 
   cuts = [f"sinkhorn@{k}" for k in CUTS]
   order = ("softmax", "softmax_swap", "sinkhorn", *cuts, "ridge", "asap")
-  rows = replacements.ordered(measured, order)
+  rows = replacements.ordered(rows, order)
   config = {"seed": seed, "steps": steps, "iterations": ITERATIONS, "slices": SLICES}
   path = write_results(out, "quickstart", config, rows, seconds)
   print_rows(rows, f"digits, {len(data.test.labels)} test images")
@@ -128,7 +128,7 @@ def _measure(models, test) -> dict[str, dict]:
   }
 
 
-def draw_plans(teacher, compiled, inputs: np.ndarray, path: pathlib.Path) -> None:
+def draw_plans(teacher, compiled, inputs: jax.Array, path: pathlib.Path) -> None:
   """Plans of teacher, compiled layer and one Sinkhorn iteration, with column sums.
 
   Shown is the head, of all layers, whose plan one iteration misses most, on the input
@@ -150,7 +150,6 @@ def draw_plans(teacher, compiled, inputs: np.ndarray, path: pathlib.Path) -> Non
     where = np.unravel_index(distance.argmax(), distance.shape)
     if worst is None or distance[where] > worst[0]:
       worst = distance[where], list(operators), [plan[where] for plan in plans]
-  assert worst is not None
   _, titles, plans = worst
   figure, axes = plt.subplots(
     2,
