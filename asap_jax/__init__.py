@@ -6,6 +6,8 @@ closure. The numerical core is pure functions on arrays; see the modules `potent
 `dual_map`, `c_transform`, `sinkhorn`, `calibrate` and `metrics`.
 """
 
+from typing import TYPE_CHECKING
+
 from asap_jax.amortized import (
   dual_gradient,
   dual_objective,
@@ -84,11 +86,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-  # A class of OTT-JAX's kind: imported where it is asked for, since compiled models are
-  # served without OTT-JAX.
-  if name == "SlicedDualInitializer":
-    from asap_jax.initializer import SlicedDualInitializer
+# A class of OTT-JAX's kind: imported where it is asked for, since compiled models are
+# served without OTT-JAX.
+if TYPE_CHECKING:
+  from asap_jax.initializer import SlicedDualInitializer
+else:
 
-    return SlicedDualInitializer
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  def __getattr__(name: str) -> object:
+    if name == "SlicedDualInitializer":
+      from asap_jax.initializer import SlicedDualInitializer
+
+      return SlicedDualInitializer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,7 @@ with the exact column sums in place of the teacher's.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,9 @@ def dual_objective(
     query_weights: `None`, mask or masses `[..., n]`.
     key_weights: likewise, `[..., m]`.
 
+  Returns:
+    D of each problem, `[...]`.
+
   Raises:
     ValueError: if weights do not fit the logits.
   """
@@ -82,7 +86,19 @@ def dual_gradient(
   """The gradient of `dual_objective` in closed form: row sums asked for less given.
 
   The plan is that of f and its c-transform, so its columns are exact. Works under jit,
-  vmap and grad; arguments and errors as in `dual_objective`.
+  vmap and grad.
+
+  Args:
+    logits: see `dual_objective`, as all arguments.
+    f: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+
+  Returns:
+    `[..., n]`, zero at absent queries.
+
+  Raises:
+    ValueError: as in `dual_objective`.
   """
   weights = query_weights, key_weights
   f = zero_invalid(f.astype(jnp.promote_types(f.dtype, jnp.float32)), query_weights)
@@ -128,6 +144,9 @@ def fit_by_regression(
     features: kinds, as in `asap_jax.DualMap`.
     ridge: see `asap_jax.calibrate.solve_ridge`.
 
+  Returns:
+    `DualMap` without a network.
+
   Raises:
     ValueError: if there is nothing to fit on, or as in the functions named above.
   """
@@ -152,7 +171,7 @@ def fit_by_objective(
   steps: int,
   hidden: int = 0,
   seed: int = 0,
-  **options,
+  **options: Any,
 ) -> Refined:
   """Fits all parameters of a dual map by the dual objective: OA-OT, or Meta OT.
 
@@ -190,6 +209,13 @@ def unsliced_map(heads: int, dim: int) -> DualMap:
 
   Its features are the queries alone; with `hidden` units (`fit_by_objective`) it is a
   network on points that is equivariant to their order. Its one direction is not used.
+
+  Args:
+    heads: number of heads.
+    dim: head dimension.
+
+  Returns:
+    `DualMap` with weights zero.
   """
   return DualMap(
     jnp.ones((heads, 1, dim)), jnp.zeros((heads, dim)), features=("query",)

@@ -168,7 +168,7 @@ def _is_key(value: Any) -> bool:
   return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
-def _name(path: tuple[str | int, ...]) -> str:
+def _name(path: tuple[Any, ...]) -> str:
   return ".".join(map(str, path))
 
 

@@ -1,7 +1,7 @@
 """What every attention function does before and after its plan: inputs and values."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,12 @@ class Inputs(NamedTuple):
     value: likewise, in the result's dtype.
     bias: added to query key^T, or `None`.
     precision: of the products.
+    unscaled: `query` in the inputs' dtype, before the multiplication.
+    scale: scale / epsilon.
     query_mask: valid queries, `[batch..., heads or 1, n]`, or `None` for all.
     key_mask: valid keys, `[batch..., heads or 1, m]`, or `None` for all.
     is_product: per element, whether the mask was the outer product of the two; `None`
       where that is known.
-    unscaled: `query` in the inputs' dtype, before the multiplication.
-    scale: scale / epsilon.
   """
 
   query: Array
@@ -37,11 +37,11 @@ class Inputs(NamedTuple):
   value: Array
   bias: Array | None
   precision: jax.lax.PrecisionLike
+  unscaled: Array
+  scale: float | Array
   query_mask: Array | None = None
   key_mask: Array | None = None
   is_product: Array | None = None
-  unscaled: Array | None = None
-  scale: float | Array = 1.0
 
   @property
   def logits(self) -> Float[Array, "*batch heads n m"]:
@@ -83,7 +83,7 @@ def prepare(
   wide = jnp.promote_types(dtype, jnp.float32)
   scale = (dim**-0.5 if scale is None else scale) / epsilon
   scaled, key = query.astype(wide) * scale, key.astype(wide)
-  return Inputs(scaled, key, value, bias, precision, unscaled=query, scale=scale)
+  return Inputs(scaled, key, value, bias, precision, query, scale)
 
 
 def restrict(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
@@ -127,7 +127,7 @@ def attend(
   dropout_rng: jax.Array | None,
   dropout_rate: float,
   broadcast_dropout: bool,
-  module: object | None,
+  module: Any,
 ) -> Float[Array, "*batch n heads features"]:
   """Applies attention weights to the values, with dropout, sowing and mask check."""
   if inputs.is_product is not None:
@@ -168,7 +168,7 @@ def attend_scaled(
   """
   # The keys came in this dtype: nothing is rounded.
   narrow = inputs.unscaled, inputs.key.astype(inputs.unscaled.dtype), inputs.value
-  options = {
+  options: dict[str, Any] = {
     "relaxation": relaxation,
     "query_weights": inputs.query_mask,
     "key_weights": inputs.key_mask,
@@ -178,12 +178,15 @@ def attend_scaled(
   chosen = choose(implementation, *narrow, bias=inputs.bias, scale=inputs.scale)
   if callable(f) and chosen != "xla":
     f = f(inputs.query, inputs.key, inputs.query_mask, inputs.key_mask)
+  functions: dict[Implementation, Callable[..., Array]] = {
+    "xla": scaled_attention,
+    "chunked": chunked_attention,
+    "cudnn": cudnn_attention,
+  }
+  tokens = inputs.query, inputs.key, inputs.value
   if chosen == "cudnn":
-    out = cudnn_attention(*narrow, f, count, scale=inputs.scale, **options)
-  else:
-    function = {"xla": scaled_attention, "chunked": chunked_attention}[chosen]
-    wide = inputs.query, inputs.key, inputs.value
-    out = function(*wide, f, count, **options)
+    tokens, options["scale"] = narrow, inputs.scale
+  out = functions[chosen](*tokens, f, count, **options)
   if inputs.is_product is not None:
     out = jnp.where(inputs.is_product, out, jnp.nan)
   return jnp.moveaxis(out, -3, -2)

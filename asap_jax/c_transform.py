@@ -96,10 +96,19 @@ def closure(
   """The two-sided closure: g from f, then f anew from g.
 
   It is one Sinkhorn iteration started at f; rows of the plan are exact after it. Works
-  under jit, vmap and grad; arguments and errors as in `c_transform`.
+  under jit, vmap and grad.
+
+  Args:
+    logits: S, `[..., n, m]`.
+    f: query-side dual to start at, `[..., n]`.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: likewise, `[..., m]`.
 
   Returns:
     `Duals` of the closed plan.
+
+  Raises:
+    ValueError: as in `c_transform`.
   """
   g = c_transform(logits, f, query_weights, key_weights, to="key")
   return Duals(c_transform(logits, g, query_weights, key_weights, to="query"), g)
@@ -130,6 +139,9 @@ def closures(
     key_weights: likewise.
     relaxation: omega, `[..., count - 1]`, broadcast against the batch axes of the
       logits; all ones by default.
+
+  Returns:
+    `Duals` of the plan that is closed last.
 
   Raises:
     ValueError: if `count` is below one or `relaxation` does not have `count - 1`
@@ -171,7 +183,19 @@ def plan(
 ) -> Float[Array, "*batch n m"]:
   """Attention weights exp(S + f + g), exactly zero wherever a point is absent.
 
-  Works under jit, vmap and grad; arguments and errors as in `c_transform`.
+  Works under jit, vmap and grad.
+
+  Args:
+    logits: S, `[..., n, m]`.
+    duals: f `[..., n]` and g `[..., m]`.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: likewise, `[..., m]`.
+
+  Returns:
+    `[..., n, m]`, float32 or better.
+
+  Raises:
+    ValueError: if weights do not fit the logits.
   """
   check_logits(logits, query_weights, key_weights)
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -187,9 +211,22 @@ def apply_plan(
   query_weights: Weights = None,
   key_weights: Weights = None,
 ) -> Float[Array, "*batch n features"]:
-  """The plan applied to values `[..., m, features]`, in the dtype of the values.
+  """The plan applied to values.
 
-  Works under jit, vmap and grad; other arguments and errors as in `c_transform`.
+  Works under jit, vmap and grad.
+
+  Args:
+    logits: see `plan`, as all arguments not listed here.
+    duals: likewise.
+    value: `[..., m, features]`; those of absent keys may hold anything.
+    query_weights: likewise.
+    key_weights: likewise.
+
+  Returns:
+    `[..., n, features]` in the dtype of the values.
+
+  Raises:
+    ValueError: as in `plan`.
   """
   weights = plan(logits, duals, query_weights, key_weights)
   value = zero_invalid(value, key_weights, axis=-2)
@@ -216,8 +253,7 @@ def column_sums(
   query_weights: Weights, key_weights: Weights, n: int, m: int
 ) -> Float[Array, "... m"]:
   """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
-  if query_weights is None:
-    total = float(n)
-  else:
-    total = valid(query_weights).sum(-1, keepdims=True).astype(jnp.float32)
-  return masses(key_weights, m) * total
+  mask = valid(query_weights)
+  if mask is None:
+    return masses(key_weights, m) * float(n)
+  return masses(key_weights, m) * mask.sum(-1, keepdims=True).astype(jnp.float32)

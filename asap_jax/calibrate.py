@@ -26,7 +26,7 @@ class RidgeStatistics(NamedTuple):
   gram: np.ndarray
   moment: np.ndarray
   power: np.ndarray
-  count: np.ndarray
+  count: np.ndarray  # type: ignore[assignment]  # also a method of tuples
 
 
 class RidgeFit(NamedTuple):

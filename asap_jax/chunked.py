@@ -62,8 +62,25 @@ def chunked_attention(
   an n x m matrix, at the price of an exponential for every half-iteration. From f = 0
   it is Sinkhorn cut to `count` iterations, streamed. Works under jit, vmap and grad, in
   forward mode and to second order too; reverse mode of several closures keeps the dual
-  of each, O(count n), and nothing else. Arguments, result and errors as there; a bias
-  is read chunk by chunk and never broadcast.
+  of each, O(count n), and nothing else.
+
+  Args:
+    query: see `asap_jax.fused.scaled_attention`, as all arguments not listed here.
+    key: likewise.
+    value: likewise.
+    f: query-side dual to start at, `[..., n]`.
+    count: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+    bias: likewise; read chunk by chunk and never broadcast.
+    relaxation: likewise.
+    precision: likewise.
+
+  Returns:
+    As `scaled_attention`.
+
+  Raises:
+    ValueError: as `scaled_attention`.
   """
   check_closures(count, relaxation)
   n, m = query.shape[-2], key.shape[-2]
@@ -208,14 +225,14 @@ def _by_groups(
     return array if group == 1 else array.reshape(-1, group, *array.shape[1:])
 
   bias = problem.bias
-  shared = bias is not None and bias.shape[0] == 1
-  grouped = jax.tree.map(split, problem._replace(bias=None if shared else bias))
+  shared = bias if bias is not None and bias.shape[0] == 1 else None
+  grouped = jax.tree.map(split, problem._replace(bias=bias if shared is None else None))
 
   # Nothing of a group but its arguments is kept for the backward pass.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def attend(grouped):
-    if shared:
-      grouped = grouped._replace(bias=bias if group > 1 else bias[0])
+    if shared is not None:
+      grouped = grouped._replace(bias=shared if group > 1 else shared[0])
     return function(grouped)
 
   out = jax.lax.map(attend, grouped)

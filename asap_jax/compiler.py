@@ -13,7 +13,6 @@ from flax import nnx
 from asap_jax.attention import sinkhorn_attention
 from asap_jax.directions import DirectionKind
 from asap_jax.distillation import distil
-from asap_jax.dual_map import DualMap
 from asap_jax.features import KINDS
 from asap_jax.fidelity import Operator
 from asap_jax.fitting import FitOptions, Objective, fit_layers
@@ -220,7 +219,7 @@ def _function(
       implementation="xla",
       **site.options,
     )
-  maps: list[DualMap] = [operator.dual_map for _, operator in held]
+  maps = [own.dual_map for _, own in held if own.dual_map is not None]
   if layer.index is None:
     return AsapAttention(maps[0], site.options)
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps)

@@ -22,7 +22,7 @@ from asap_jax.weights import Weights, check_weights, zero_invalid
 class _Static(NamedTuple):
   """What is not an array: hashable, for `jax.custom_vjp`."""
 
-  count: int
+  count: int  # type: ignore[assignment]  # also a method of tuples
   scale: float
   precision: Any
   fused: Fused
@@ -70,6 +70,9 @@ def cudnn_attention(
     precision: of the products of the backward pass.
     scale: of the logits, not zero; a Python number, part of the kernel.
     fused: the fused attention to call.
+
+  Returns:
+    As `scaled_attention`.
 
   Raises:
     ValueError: for a dtype, a bias or a scale that the kernel does not take; else as
@@ -154,7 +157,9 @@ def _attend_backward(static, arrays, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _chunked(static: _Static, query, key, value, f, *rest) -> Array:
+def _chunked(
+  static: _Static, query: Array, key: Array, value: Array, f: Array, *rest: Array | None
+) -> Array:
   """The same in plain XLA, for gradients and where shares leave their range."""
   *weights, relaxation = rest
   wide = jnp.promote_types(f.dtype, jnp.float32)
@@ -170,8 +175,11 @@ def _chunked(static: _Static, query, key, value, f, *rest) -> Array:
   )
 
 
-def _forward(static: _Static, *arrays: Array | None) -> Array:
-  query, key, value, f, query_weights, key_weights, relaxation = arrays
+def _forward(
+  static: _Static, query: Array, key: Array, value: Array, f: Array, *rest: Array | None
+) -> Array:
+  in_xla = functools.partial(_chunked, static, query, key, value, f, *rest)
+  query_weights, key_weights, relaxation = rest
   n, m = query.shape[-2], key.shape[-2]
   f = f.astype(jnp.float32)
   rows = jnp.broadcast_to(row_sums(query_weights, n), f.shape)
@@ -198,5 +206,5 @@ def _forward(static: _Static, *arrays: Array | None) -> Array:
   return jax.lax.cond(
     exact & exact_keys,
     lambda: values(static.fused, query, key, value, g, rows, columns, static.scale),
-    lambda: _chunked(static, *arrays),
+    in_xla,
   )

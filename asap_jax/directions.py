@@ -59,6 +59,7 @@ def _principal(teacher: Observer, slices: int) -> list[jax.Array]:
   for calls in teacher.activations("Drawing directions"):
     batch = [sum(map(_second_moments, of_layer)) for of_layer in calls]
     total = batch if total is None else jax.tree.map(jnp.add, total, batch)
+  assert total is not None  # the first batch is never held out
   return [slicing.principal(_balanced(moments), slices) for moments in total]
 
 

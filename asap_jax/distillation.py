@@ -95,7 +95,8 @@ def distil(
       raise ValueError(f"{name}={number}: expected a positive number")
   student = nnx.clone(model)
   student.eval()
-  graph, parameters, rest = nnx.split(student, DualParam, ...)
+  graph, *states = nnx.split(student, DualParam, ...)
+  parameters, rest = states
   if not jax.tree.leaves(parameters):
     raise ValueError("model holds no DualParam: expected a model that was compiled")
   fitted, held_out = _record(student, teacher, batches, call, progress)

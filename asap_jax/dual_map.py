@@ -54,10 +54,23 @@ def predict_dual(
 ) -> Float[Array, "*batch heads n"]:
   """f_hat, the predicted query-side dual, centred over the valid queries.
 
-  Works under jit, vmap and grad, in all array leaves of `dual_map`; arguments and
-  errors as in `asap_jax.dual_features`, and a ValueError if the weights of `dual_map`
-  do not have one column per feature. Where query key^T is at hand, `products` (finite
-  at absent points too), the cumulants cost one pass over it instead of a covariance.
+  Works under jit, vmap and grad, in all array leaves of `dual_map`.
+
+  Args:
+    dual_map: parameters.
+    query: `[..., heads, n, dim]`, scaled such that the logits are `query key^T`.
+    key: `[..., heads, m, dim]`.
+    query_weights: `None`, mask or masses, `[..., heads or 1, n]`.
+    key_weights: likewise, `[..., heads or 1, m]`.
+    products: query key^T where it is at hand, finite at absent points too: the
+      cumulants cost one pass over it then instead of a covariance.
+
+  Returns:
+    `[..., heads, n]`, float32 or better, zero at absent queries.
+
+  Raises:
+    ValueError: if the weights of `dual_map` do not have one column per feature, or as
+      `asap_jax.dual_features`.
   """
   expected = feature_count(dual_map.features, *dual_map.directions.shape[-2:])
   if dual_map.weights.shape[-1] != expected:

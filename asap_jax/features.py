@@ -27,8 +27,6 @@ from asap_jax.weights import Weights, centre, check_weights, masses, mean, zero_
 KINDS = ("potentials", "query", "cumulants", "transport")
 FEATURES = KINDS[:3]
 
-_HIGH = {"precision": jax.lax.Precision.HIGHEST}
-
 
 def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
   """Number of columns that the feature kinds have together.
@@ -114,13 +112,11 @@ class Features(NamedTuple):
   def variances(self) -> Float[Array, "*batch heads features"]:
     """Of each feature over the valid queries."""
     mass = masses(self.weights, self.rows.shape[-1])
-    rows = jnp.einsum(
-      "...pn,...pn->...p", self.rows * mass[..., None, :], self.rows, **_HIGH
-    )
+    rows = einsum("...pn,...pn->...p", self.rows * mass[..., None, :], self.rows)
     if self.query is None:
       return rows
     query = self.query
-    query = jnp.einsum("...nd,...nd->...d", query * mass[..., None], query, **_HIGH)
+    query = einsum("...nd,...nd->...d", query * mass[..., None], query)
     return jnp.concatenate(
       [rows[..., : self.first], query, rows[..., self.first :]], axis=-1
     )
@@ -162,11 +158,16 @@ def features_of(
   )
 
 
+def einsum(subscripts: str, *operands: Array) -> Array:
+  """`jnp.einsum` in full: duals reach hundreds, where TF32 is off by a tenth."""
+  return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
 def times(kernel: Array, inputs: Array) -> Array:
   """kernel^T inputs, `[..., width, n]`, of inputs `[..., inputs, n]`."""
   # A kernel for all of the batch: with one for a head, XLA would transpose the inputs.
   kernel = jnp.broadcast_to(kernel, (*inputs.shape[:-2], *kernel.shape[-2:]))
-  return jnp.einsum("...pw,...pn->...wn", kernel, inputs, **_HIGH)
+  return einsum("...pw,...pn->...wn", kernel, inputs)
 
 
 def _cumulants(
@@ -176,22 +177,22 @@ def _cumulants(
   size, dim = key.shape[-2:]
   mass = masses(key_weights, size)
   if products is not None:
-    first = jnp.einsum("...nm,...m->...n", products, mass, **_HIGH)
+    first = einsum("...nm,...m->...n", products, mass)
     deviation = products - first[..., None]
     return jnp.stack([first, _inner(deviation, deviation, mass)], axis=-2)
   average = mean(key, key_weights, axis=-2)[..., 0, :]
-  first = jnp.einsum("...nd,...d->...n", query, average, **_HIGH)
+  first = einsum("...nd,...d->...n", query, average)
   centred = centre(key, key_weights, axis=-2)
   if size > 2 * dim:  # fewer products, in one pass more
     weighted = centred * mass[..., None]
-    covariance = jnp.einsum("...md,...me->...de", weighted, centred, **_HIGH)
-    moved = jnp.einsum("...nd,...de->...ne", query, covariance, **_HIGH)
+    covariance = einsum("...md,...me->...de", weighted, centred)
+    moved = einsum("...nd,...de->...ne", query, covariance)
     second = _inner(moved, query, jnp.ones(dim, query.dtype))
     return jnp.stack([first, second], axis=-2)
   # Roots of the masses at the keys: nothing stands between the product and its squares,
   # and XLA keeps it in registers on a CPU.
   scaled = centred * jnp.sqrt(mass)[..., None]
-  deviation = jnp.einsum("...nd,...md->...nm", query, scaled, **_HIGH)
+  deviation = einsum("...nd,...md->...nm", query, scaled)
   return jnp.stack([first, jnp.sum(deviation * deviation, axis=-1)], axis=-2)
 
 
@@ -201,4 +202,4 @@ def _inner(a: Array, b: Array, mass: Array) -> Array:
   Reductions of many short rows, fused with what comes before, take it ten times longer.
   """
   product = jax.lax.optimization_barrier(a * b)
-  return jnp.einsum("...nd,...d->...n", product, mass, **_HIGH)
+  return einsum("...nd,...d->...n", product, mass)

@@ -44,7 +44,7 @@ class FidelitySums(NamedTuple):
   residual: np.ndarray
   power: np.ndarray
 
-  def __add__(self, other: "FidelitySums") -> "FidelitySums":
+  def __add__(self, other: "FidelitySums") -> "FidelitySums":  # type: ignore[override]
     return FidelitySums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -101,7 +101,7 @@ def operator_milliseconds(
   From queries, keys and values (the keys serve as values) to outputs, without forming
   a doubly stochastic plan (`asap_jax.fused`).
   """
-  times = [[] for _ in operators]
+  times: list[list[float]] = [[] for _ in operators]
   for repeat in range(repeats + 1):
     for (kind, iterations, dual_map), taken in zip(operators, times, strict=True):
       start = time.perf_counter()
@@ -124,6 +124,7 @@ def _duals(
   logits = activation.logits
   masks = activation.query_mask, activation.key_mask
   if kind == "asap":
+    assert dual_map is not None
     tokens, products = (activation.query, activation.key), activation.products
     f = predict_dual(dual_map, *tokens, *masks, products=products)
     relaxation = dual_map.relaxation
@@ -151,6 +152,7 @@ def _output(activation, dual_map, kind, iterations):
     duals = sinkhorn_duals(activation.logits, iterations, *masks)
     return apply_plan(activation.logits, duals, key, *masks)
   # Each other kind in its fastest form: the baseline is cut Sinkhorn at equal time.
+  f: jax.Array | Callable[..., jax.Array]
   count, relaxation = iterations, None
   if kind == "asap":
     f = functools.partial(predict_dual, dual_map)

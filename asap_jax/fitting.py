@@ -131,15 +131,15 @@ def _fit_ridge(
           raise ValueError(f"{layer.name}: {error}") from error
       seconds[index] += time.perf_counter() - start
   fitted = []
-  for layer, of_layer, drawn, spent in zip(
+  for layer, statistics, drawn, spent in zip(
     layers, sums, directions, seconds, strict=True
   ):
     try:
-      fit = solve_ridge(of_layer, options.ridge)
+      fit = solve_ridge(statistics, options.ridge)
     except ValueError as error:
       raise ValueError(f"{layer.name}: {error}") from error
     dual_map = DualMap(drawn, jnp.asarray(fit.weights), features)
-    fitted.append(FittedLayer(dual_map, batches, int(of_layer.count[0]), spent))
+    fitted.append(FittedLayer(dual_map, batches, int(statistics.count[0]), spent))
   return fitted
 
 

@@ -76,7 +76,7 @@ def scaled_attention(
       )
       return logits_of(products_of(queries, keys))
 
-    if f is None:
+    if f is None and predict is not None:
       f = predict(query, key, *weights)
     logits = logits_of(products_of(query, key))
     # Over many closures sharp logits are needed time and again: those are kept.

@@ -145,7 +145,8 @@ def _call(fused: Fused, query: Array, key: Array, value: Array, scale: float) ->
     )
     return jnp.moveaxis(array, -3, -2)
 
-  out = fused(*map(lay_out, (query, key, value)), scale)
+  laid_query, laid_key, laid_value = map(lay_out, (query, key, value))
+  out = fused(laid_query, laid_key, laid_value, scale)
   out = jnp.moveaxis(out, -2, -3).reshape(*query.shape[:-1], width)
   return out[..., :features].astype(jnp.float32)
 

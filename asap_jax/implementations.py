@@ -93,7 +93,7 @@ def _platform(array: Array | None) -> str:
   """That of the device of an array; where it has none, of JAX's default device."""
   if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
     return next(iter(array.devices())).platform
-  device = jax.config.jax_default_device
+  device = jax.config.jax_default_device  # type: ignore[attr-defined]
   return (
     jax.default_backend() if device is None else getattr(device, "platform", device)
   )

@@ -108,6 +108,7 @@ class SlicedDualInitializer(initializers.DefaultInitializer):
         return scale * x, geometry.y, jnp.zeros_like(a)
       return 2.0 * scale * x, geometry.y, scale * jnp.sum(x**2, axis=-1)
     if self.points is None:
+      assert self.rank is not None  # else it is a point cloud
       return _embedding(geometry.cost_matrix, a, b, self.rank, rng)
     x, y = self.points
     if x.ndim != 2 or y.ndim != 2 or (len(x), len(y)) != geometry.shape:

@@ -20,10 +20,11 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
   Args:
     num_heads: number of heads.
     in_features: features of the input.
+    *args: for `nnx.MultiHeadAttention`.
     iterations: full Sinkhorn iterations.
     epsilon: entropic regularisation; logits are divided by it.
     decode: autoregressive decoding; only `False` is possible here.
-    **kwargs: for `nnx.MultiHeadAttention`; `rngs` is needed.
+    **kwargs: likewise; `rngs` is needed.
 
   Raises:
     ValueError: if `decode` is true or `iterations` is below one.

@@ -49,6 +49,7 @@ def label_of(operator: Operator) -> str:
     return "teacher"
   if operator.kind == "sinkhorn":
     return f"sinkhorn@{operator.iterations}"
+  assert operator.dual_map is not None
   closures = operator.dual_map.closures
   return "asap" if closures == 1 else f"asap@{closures}"
 
@@ -72,18 +73,18 @@ def measure(
     [Operator("ott", layer.site.iterations), *of_layer]
     for layer, of_layer in zip(layers, operators, strict=True)
   ]
-  sums: list[list[FidelitySums | None]] = [[None] * len(each) for each in everyone]
+  sums: list[dict[int, FidelitySums]] = [{} for _ in layers]
   times: list[list[float]] = [[] for _ in layers]
   for calls in teacher.activations("Measuring", held_out=True):
     for index, (layer, of_layer) in enumerate(zip(layers, calls, strict=True)):
       for activation in of_layer:
         for place, operator in enumerate(everyone[index]):
           new = fidelity_sums(activation, operator, layer.site.iterations)
-          old = sums[index][place]
+          old = sums[index].get(place)
           sums[index][place] = new if old is None else old + new
       if not times[index]:
         times[index] = operator_milliseconds(of_layer[0], everyone[index])
-  if sums[0][0] is None:
+  if not sums[0]:
     raise ValueError(
       "batches holds a single batch: expected at least two, one of them to measure on"
     )
@@ -92,5 +93,5 @@ def measure(
       Measured(label_of(operator), operator, summed, taken)
       for operator, summed, taken in zip(*of_layer, strict=True)
     ]
-    for of_layer in zip(everyone, sums, times, strict=True)
+    for of_layer in zip(everyone, map(dict.values, sums), times, strict=True)
   ]

@@ -13,7 +13,15 @@ _TINY = 1e-30
 def masked_mean(
   values: Float[Array, "..."], mask: Bool[Array, "..."] | None = None
 ) -> Float[Array, ""]:
-  """Mean over all values, or over those where `mask` (broadcast) holds."""
+  """Mean over all values, or over those where a mask holds.
+
+  Args:
+    values: of any shape.
+    mask: broadcast to it; all by default.
+
+  Returns:
+    The mean; zero where the mask holds nowhere.
+  """
   if mask is None:
     return values.mean()
   mask = jnp.broadcast_to(mask, values.shape)
@@ -23,20 +31,43 @@ def masked_mean(
 def total_variation(
   plan: Float[Array, "*batch n m"], reference: Float[Array, "*batch n m"]
 ) -> Float[Array, "*batch n"]:
-  """Total variation distance of each row, 0 to 1: half the l1 distance."""
+  """Total variation distance of each row: half the l1 distance.
+
+  Args:
+    plan: attention weights `[..., n, m]`.
+    reference: those of the teacher, likewise.
+
+  Returns:
+    `[..., n]`, 0 to 1.
+  """
   return 0.5 * jnp.abs(plan - reference).sum(-1)
 
 
 def kl_divergence(
   plan: Float[Array, "*batch n m"], reference: Float[Array, "*batch n m"]
 ) -> Float[Array, "*batch n"]:
-  """KL(reference || plan) of each row, in nats."""
+  """KL(reference || plan) of each row.
+
+  Args:
+    plan: attention weights `[..., n, m]`.
+    reference: those of the teacher, likewise.
+
+  Returns:
+    `[..., n]`, in nats.
+  """
   log_ratio = jnp.log(reference + _TINY) - jnp.log(plan + _TINY)
   return (reference * log_ratio).sum(-1)
 
 
 def row_error(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch n"]:
-  """|row sum - 1| of each row."""
+  """|row sum - 1| of each row.
+
+  Args:
+    plan: attention weights `[..., n, m]`.
+
+  Returns:
+    `[..., n]`.
+  """
   return jnp.abs(plan.sum(-1) - 1.0)
 
 
@@ -50,7 +81,10 @@ def column_error(
   Args:
     plan: attention weights `[..., n, m]`.
     query_mask: valid queries `[..., n]`, all by default.
-    key_mask: valid keys `[..., m]`, all by default; error is zero at the others.
+    key_mask: valid keys `[..., m]`, all by default.
+
+  Returns:
+    `[..., m]`, zero at keys that are not valid.
   """
   n, m = plan.shape[-2:]
   rows = n if query_mask is None else query_mask.sum(-1, keepdims=True)
@@ -61,16 +95,29 @@ def column_error(
 
 
 def row_entropy(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch n"]:
-  """Entropy of each row, in nats: 0 for a permutation, log m for a uniform row."""
+  """Entropy of each row: 0 for a permutation, log m for a uniform row.
+
+  Args:
+    plan: attention weights `[..., n, m]`.
+
+  Returns:
+    `[..., n]`, in nats.
+  """
   safe = jnp.where(plan > 0, plan, 1.0)
   return -(plan * jnp.log(safe)).sum(-1)
 
 
 def attention_sink_share(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch"]:
-  """Share of all attention that the most attended key receives, 1/m to 1.
+  """Share of all attention that the most attended key receives.
 
   A doubly stochastic plan has 1/m_valid; an attention sink takes much more (Xiao et
   al., 2024, "Efficient Streaming Language Models with Attention Sinks").
+
+  Args:
+    plan: attention weights `[..., n, m]`.
+
+  Returns:
+    `[...]`, 1 / m to 1.
   """
   columns = plan.sum(-2)
   return columns.max(-1) / jnp.maximum(columns.sum(-1), _TINY)
@@ -79,7 +126,7 @@ def attention_sink_share(plan: Float[Array, "*batch n m"]) -> Float[Array, "*bat
 def rank_residual(
   tokens: Float[Array, "*batch n dim"], mask: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*batch"]:
-  """How far tokens are from being all alike: |X - 1 mean(X)^T| / |X|, 0 to about 1.
+  """How far tokens are from being all alike: |X - 1 mean(X)^T| / |X|.
 
   The norm is sqrt(|.|_1 |.|_inf) (Dong et al., 2021, "Attention is not all you need:
   pure attention loses rank doubly exponentially with depth", section 2.1), the mean
@@ -88,6 +135,9 @@ def rank_residual(
   Args:
     tokens: hidden states `[..., n, dim]`.
     mask: valid tokens `[..., n]`, all by default.
+
+  Returns:
+    `[...]`, 0 to about 1.
   """
   if mask is None:
     mask = jnp.ones(tokens.shape[:-1], bool)

@@ -20,13 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.features import Features, times
+from asap_jax.features import Features, einsum, times
 from asap_jax.weights import Weights, centre, masses, zero_invalid
 
 # Keeps the gradient of the deviation of a feature that does not vary finite.
 _VARIANCE_FLOOR = 1e-12
-# Duals reach hundreds: a GPU's TF32 would lose them a tenth.
-_HIGH = {"precision": jax.lax.Precision.HIGHEST}
 
 # An array; anything in a tree that JAX or Optax maps over.
 Leaf = Any
@@ -131,11 +129,11 @@ def apply_network(
   """
   context = context_of(network, features, query, key, key_weights)
   context = context - jax.lax.stop_gradient(network.context_shift)
-  offset = jnp.einsum("...hc,hcw->...hw", context, network.context_kernel, **_HIGH)
+  offset = einsum("...hc,hcw->...hw", context, network.context_kernel)
   offset = offset + network.hidden_bias
   hidden = jax.nn.relu(features.times(network.feature_kernel) + offset[..., None])
   output = jnp.broadcast_to(network.output, hidden.shape[:-1])
-  added = jnp.einsum("...wn,...w->...n", hidden, output, **_HIGH)
+  added = einsum("...wn,...w->...n", hidden, output)
   return centre(added, features.weights)
 
 
@@ -147,4 +145,4 @@ def _encoding(
   tokens = jnp.swapaxes(zero_invalid(tokens, weights, axis=-2), -1, -2)
   units = jax.nn.relu(times(kernel, tokens) + bias[..., None])
   mass = masses(weights, tokens.shape[-1])
-  return jnp.einsum("...wn,...n->...w", units, mass, **_HIGH)
+  return einsum("...wn,...n->...w", units, mass)

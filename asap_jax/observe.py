@@ -33,7 +33,7 @@ class Layer(NamedTuple):
   """
 
   site: Site
-  index: int | None
+  index: int | None  # type: ignore[assignment]  # also a method of tuples
   heads: int
   dim: int
 

@@ -43,7 +43,8 @@ class Potentials(NamedTuple):
 class _Sorted(NamedTuple):
   values: Float[Array, "... n"]  # ascending, absent points last and zero
   rank: Int[Array, "... n"]  # of each point, in the order of the input
-  count: Int[Array, "..."] | int  # valid points
+  # Valid points; also a method of tuples.
+  count: Int[Array, "..."] | int  # type: ignore[assignment]
   mass: Float[Array, "... n"] | None  # cumulative, if the weights are float
 
 
@@ -166,10 +167,9 @@ def _sort(
   exact = all(w is None or w.dtype == jnp.bool_ for w in (x_weights, y_weights))
   x, y = _infinite(x, x_weights), _infinite(y, y_weights)
   if x.shape == y.shape:  # both sides in one sort
-    sides = zip(*ascending(jnp.stack([x, y])), strict=True)
+    of_x, of_y = zip(*ascending(jnp.stack([x, y])), strict=True)
   else:
-    sides = ascending(x), ascending(y)
-  of_x, of_y = sides
+    of_x, of_y = ascending(x), ascending(y)
   return _describe(*of_x, x_weights, exact), _describe(*of_y, y_weights, exact)
 
 
@@ -184,7 +184,8 @@ def _describe(values: Array, order: Array, weights: Weights, exact: bool) -> _So
   # Equal points share the first of their places: their potentials are equal, too.
   places = first_of_equals(jnp.where(jnp.isfinite(values), values, jnp.nan))
   rank = inverse(order, places)
-  mask, count = valid(weights), n
+  mask = valid(weights)
+  count: Array | int = n
   if mask is not None:
     count = jnp.broadcast_to(mask, values.shape).sum(-1, keepdims=True)
     values = jnp.where(jnp.arange(n) < count, values, 0.0)
@@ -212,6 +213,7 @@ def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
     below = (jnp.maximum(level, 1) - 1) // share
     above = level // share
   else:
+    assert xs.mass is not None  # both sides have one or neither
     level = xs.mass
     if halfway:
       level = level - jnp.diff(level, axis=-1, prepend=0.0) / 2

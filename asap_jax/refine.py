@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +166,7 @@ def refine(
   held_out: Sequence[Sample],
   *,
   steps: int,
-  **options,
+  **options: Any,
 ) -> Refined:
   """A `Refiner` run on samples that are all at hand; see there for the arguments."""
   refiner = Refiner(dual_map, pools, held_out, steps=steps, **options)

@@ -149,9 +149,10 @@ class Report:
     console = Console(file=stream, width=100)
     console.print(table)
     for layer in self.layers:
-      if layer.better_cut is not None:
+      cut = layer.better_cut
+      if cut is not None:
         # Paths may hold brackets, which are markup otherwise.
-        console.print(_advice(layer), markup=False, highlight=False)
+        console.print(_advice(layer, cut), markup=False, highlight=False)
     return stream.getvalue().rstrip("\n")
 
   def plot(self, axes: Sequence[Any] | np.ndarray | None = None) -> np.ndarray:
@@ -173,8 +174,8 @@ class Report:
     return plot_report(self, axes)
 
 
-def _advice(layer: LayerReport) -> str:
-  cut, standing = layer.better_cut, layer.standing
+def _advice(layer: LayerReport, cut: Alternative) -> str:
+  standing = layer.standing
   faster = "faster" if cut.milliseconds < standing.milliseconds else "as fast"
   closer = "closer" if cut.tv < standing.tv else "as close"
   count = "1 iteration" if cut.cut == 1 else f"{cut.cut} iterations"

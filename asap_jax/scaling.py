@@ -102,9 +102,24 @@ def scaled_plan(
   From f = 0 it is Sinkhorn cut to `count` iterations. Rows are exact. Works under jit,
   vmap and grad, whatever the logits. Derivatives are right to first order; for second
   ones of several closures take `closures`, for JAX drops custom rules inside a scan
-  there. Arguments and errors as in `closures`; `again` forms the logits anew where a
-  half-iteration has to be, so that the kernel can take their place in memory. It is
-  given an array to wait for, lest XLA form them ahead.
+  there.
+
+  Args:
+    logits: see `asap_jax.c_transform.closures`, as all arguments.
+    f: likewise.
+    count: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+    relaxation: likewise.
+    again: forms the logits anew where a half-iteration has to be done so, in order
+      that the kernel can take their place in memory; given an array to wait for, lest
+      XLA form them ahead.
+
+  Returns:
+    `ScaledPlan`, with the duals of the plan.
+
+  Raises:
+    ValueError: as in `closures`.
   """
   check_closures(count, relaxation)
   check_logits(logits, query_weights, key_weights)

@@ -80,8 +80,8 @@ def select(
     wanted = {i for site in open_sites for i in members[site]}
     fits = fit_layers(teacher, candidates[place], wanted)
     measured = measure(teacher, [[_operator(fit)] for fit in fits])
-    for site in open_sites:
-      choices[site].measured.append([measured[i][1] for i in members[site]])
+    for place in open_sites:
+      choices[place].measured.append([measured[i][1] for i in members[place]])
   chosen: list[Measured] = [
     min(of_layer[0], of_layer[-1], key=lambda m: m.milliseconds)._replace(
       label=of_layer[0].label

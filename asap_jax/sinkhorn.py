@@ -120,7 +120,8 @@ def _iterate_forward(iterations, logits, a, b, start):
 
 
 def _iterate_backward(iterations, residuals, cotangents):
-  return tuple(unrolled_cotangents(*residuals, *cotangents, iterations))
+  arguments = (*residuals, *cotangents, iterations)
+  return tuple(unrolled_cotangents(*arguments))
 
 
 _iterate.defvjp(_iterate_forward, _iterate_backward)
@@ -136,8 +137,19 @@ def sinkhorn_source_dual(
 
   Closing it (`asap_jax.c_transform.closure`) gives back the plan of all `iterations`,
   converged or not: the target of calibration, computed in the scaling domain, which is
-  several times faster than `sinkhorn_duals`. Works under jit, vmap and grad; arguments
-  and errors as there.
+  several times faster than `sinkhorn_duals`. Works under jit, vmap and grad.
+
+  Args:
+    logits: see `sinkhorn_duals`, as all arguments.
+    iterations: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+
+  Returns:
+    f, `[..., n]`, zero on absent queries; zero everywhere for a single iteration.
+
+  Raises:
+    ValueError: as in `sinkhorn_duals`.
   """
   if iterations < 1:
     raise ValueError(f"iterations={iterations}: expected at least one full iteration")

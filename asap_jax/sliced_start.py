@@ -27,7 +27,12 @@ _EIGENVALUE_FLOOR = 1e-6
 
 
 class Slices(NamedTuple):
-  """Paired bases, `[..., slices, dim]`: <x, y> = sum_l <query_l, x> <key_l, y>."""
+  """Paired bases: <x, y> = sum_l <query_l, x> <key_l, y>.
+
+  Attributes:
+    query: of the queries, `[..., slices, dim]`.
+    key: of the keys, likewise.
+  """
 
   query: Float[Array, "... slices dim"]
   key: Float[Array, "... slices dim"]
@@ -53,6 +58,9 @@ def paired_slices(
     key_weights: likewise, `[..., m]`.
     kind: `"canonical"` (module docstring), or `"principal"`: the eigenvectors of both
       covariances, each of trace one, added up.
+
+  Returns:
+    `Slices`, dim of them.
 
   Raises:
     ValueError: if weights do not fit, or `kind` is unknown.
@@ -140,7 +148,9 @@ def sliced_start(
   return centre(f, query_weights)
 
 
-def _check(query: Array, key: Array, query_weights: Weights, key_weights: Weights):
+def _check(
+  query: Array, key: Array, query_weights: Weights, key_weights: Weights
+) -> None:
   if query.shape[-1] != key.shape[-1]:
     raise ValueError(
       f"query {query.shape} and key {key.shape}: expected the same last dimension"

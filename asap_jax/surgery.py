@@ -76,6 +76,8 @@ class _Calls(nnx.Variable):
 class _Recorder(nnx.Module):
   """Calls an attention function and keeps what it saw."""
 
+  calls: _Calls
+
   def __init__(self, function: Callable[..., jax.Array], options: dict[str, Any]):
     self.function = function
     self.options = tuple(options.items())
@@ -104,7 +106,8 @@ def find_sinkhorn(model: nnx.Module) -> list[Site]:
       if bound is not None:
         iterations = bound.pop("iterations")
         bound.pop("implementation", None)
-        sites.append(Site(tuple(path), attribute, held, iterations, bound))
+        where: tuple[Any, ...] = tuple(path)
+        sites.append(Site(where, attribute, held, iterations, bound))
   return sorted(sites, key=lambda site: [(isinstance(p, str), p) for p in site.path])
 
 
@@ -115,7 +118,7 @@ def implementation_of(function: Callable[..., jax.Array]) -> str:
   return keywords.get("implementation", default)
 
 
-def held_at(model: nnx.Module, site: Site) -> Callable[..., jax.Array]:
+def held_at(model: nnx.Module, site: Site) -> Any:
   """What a model, compiled or not, holds at a site of its teacher."""
   modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
   return getattr(modules[site.path], site.attribute)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import asap_jax
 from asap_jax import Alternative, plotting
@@ -116,7 +117,8 @@ def compile_all(
       "closures": 5,
     },
   }
-  models, about = {}, {}
+  models: dict[str, Any] = {}
+  about: dict[str, dict[str, Any]] = {}
   for name, of_method in options.items():
     same = [other for other in models if options[other] == of_method]
     if same:  # --closures 2
@@ -169,7 +171,9 @@ def draw_frontier(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """TV to the teacher's plan against the time of the attention operators."""
   axes = plotting.plot_frontier(points_of(rows))
   axes.set_xlabel("attention operators of all layers, ms")
-  axes.figure.savefig(path, dpi=150)
+  figure = axes.get_figure()
+  assert isinstance(figure, Figure)
+  figure.savefig(path, dpi=150)
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:

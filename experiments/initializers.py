@@ -125,9 +125,9 @@ def learned_starts(
   and a network by the objective, and a network that sees no slices (Meta OT).
   """
   query = fitted.x * (2.0 if cost == "squared" else 1.0) / epsilon
-  query, key = (jnp.asarray(side)[:, None] for side in (query, fitted.y))
+  x, y = (jnp.asarray(side)[:, None] for side in (query, fitted.y))
   seen = [
-    Activation(query[i : i + BATCH], key[i : i + BATCH], None, None, None, None)
+    Activation(x[i : i + BATCH], y[i : i + BATCH], None, None, None, None)
     for i in range(0, len(query), BATCH)
   ]
   dim, rng = query.shape[-1], jax.random.key(args.seed)
@@ -165,9 +165,12 @@ def mean_cost(clouds: Clouds) -> float:
   return float(np.mean(np.sum(pairs**2, -1)))
 
 
-def problem_of(clouds: Clouds, epsilon: jax.Array, cost: str):
-  cloud = pointcloud.PointCloud(clouds.x, clouds.y, COSTS[cost](), epsilon=epsilon)
-  return linear_problem.LinearProblem(cloud, a=clouds.a, b=clouds.b)
+def problem_of(
+  clouds: Clouds, epsilon: jax.Array, cost: str
+) -> linear_problem.LinearProblem:
+  x, y, a, b = map(jnp.asarray, clouds)
+  cloud = pointcloud.PointCloud(x, y, COSTS[cost](), epsilon=epsilon)
+  return linear_problem.LinearProblem(cloud, a=a, b=b)
 
 
 @functools.partial(jax.jit, static_argnames="cost")
@@ -206,9 +209,11 @@ def _iterated(clouds, f, epsilon, cost) -> Solved:
     out = solver(given, init=(f, jnp.where(clouds.b > 0, 0.0, -jnp.inf)))
     last = out.n_iters - 1
     middle = last // 2
-    fell = out.errors[last] / out.errors[middle]
+    errors = jnp.asarray(out.errors)
+    fell = errors[last] / errors[middle]
     rate = fell ** (1.0 / jnp.maximum(last - middle, 1))
-    return Solved(out.n_iters, out.converged, out.errors[0], rate)
+    converged = jnp.asarray(out.converged)
+    return Solved(jnp.asarray(out.n_iters), converged, errors[0], rate)
 
   return jax.lax.map(one, (clouds, f))
 

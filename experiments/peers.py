@@ -144,7 +144,7 @@ def trained(
   names: Sequence[str], split: Split, config: EncoderConfig, seed: int, steps: int
 ) -> dict[str, nnx.Module]:
   """Models of one seed; those whose loss does not stay finite are left out."""
-  models = {}
+  models: dict[str, nnx.Module] = {}
   for name in names:
     if name in DERIVED:
       continue

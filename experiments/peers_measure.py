@@ -93,7 +93,8 @@ def _compiled(
   model: nnx.Module, batch: Split
 ) -> dict[str, tuple[Callable[[], Any], int | None]]:
   """A forward pass and a training step: calls, and bytes that XLA needs besides."""
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  graph, *states = nnx.split(model, nnx.Param, ...)
+  params, rest = states
 
   def forward(params, inputs, labels):
     return nnx.merge(graph, params, rest)(inputs)
@@ -102,7 +103,7 @@ def _compiled(
     logits = forward(params, inputs, labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-  found = {}
+  found: dict[str, tuple[Callable[[], Any], int | None]] = {}
   arguments = jax.tree.map(jnp.asarray, (params, *batch))
   functions = {"forward": forward, "step": jax.value_and_grad(loss)}
   for kind, function in functions.items():

@@ -180,7 +180,8 @@ def measure(
 ) -> tuple[list[dict[str, Any]], list[str], dict[str, float]]:
   """Rows of one shape, why others are missing, and the seconds it took."""
   started = time.perf_counter()
-  kept, left_out = [], {}
+  kept = []
+  left_out: dict[str, dict[str, None]] = {}
   for candidate in candidates(problem, methods):
     reason, lowered = candidate.unavailable, None
     gib = candidate.matrices * problem.shape.matrix_bytes / GIB

@@ -3,8 +3,8 @@
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 LEAST_SECONDS, MOST_SECONDS, FEWEST_REPEATS = 0.02, 2.0, 3
 # A first call longer than this need not be repeated to know how long the next takes.
 _LONG_SECONDS = 0.5
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Times(NamedTuple):
@@ -31,13 +33,13 @@ class Times(NamedTuple):
 
 
 def time_interleaved(
-  calls: Mapping[str, Callable[[], Any]],
+  calls: Mapping[Name, Callable[[], Any]],
   repeats: int,
   seed: int = 0,
   *,
   queued: bool = False,
   clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Times]:
+) -> dict[Name, Times]:
   """Times calls against each other: every repeat goes over all of them.
 
   In each repeat the order is drawn anew, so that what the machine does besides, and
@@ -64,7 +66,7 @@ def time_interleaved(
     counts[name], seconds = _count(call, queued, clock)
     affordable = math.floor(MOST_SECONDS / max(seconds, LEAST_SECONDS))
     rounds[name] = min(repeats, max(FEWEST_REPEATS, affordable))
-  taken: dict[str, list[float]] = {name: [] for name in calls}
+  taken: dict[Name, list[float]] = {name: [] for name in calls}
   rng = random.Random(seed)
   for repeat in range(repeats):
     names = [name for name in calls if repeat < rounds[name]]

@@ -12,6 +12,7 @@ from flax import nnx
 import asap_jax
 from asap_jax import DualParam
 from asap_jax.distillation import output_error
+from asap_jax.features import FEATURES
 
 distil = functools.partial(asap_jax.distil, progress=False)
 HELD_OUT = 1  # of the toy teacher's six batches
@@ -113,7 +114,9 @@ def test_what_lies_at_padding_changes_nothing():
 def test_dropout_is_off_and_the_mode_of_the_model_stays():
   teacher = models.toy(dropout_rate=0.5)
   batches = models.batches()[:3]
-  model, _ = asap_jax.compile(teacher, batches, 2, refine_steps=2, progress=False)
+  model, _ = asap_jax.compile(
+    teacher, batches, 4, features=FEATURES, refine=False, progress=False
+  )
   result = distil(model, teacher, batches, 1)
   assert not result.model.blocks[0].attention.deterministic
   found, expected = (

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from asap_jax import measure
 from experiments import quickstart
 from experiments.data import batches_of, digits, shift_digits
 from experiments.results import new_directory, write_results
@@ -75,6 +76,8 @@ def test_quickstart_runs_from_end_to_end(tmp_path, monkeypatch):
     return type(data)(*parts, data.classes)
 
   monkeypatch.setattr(quickstart, "digits", few_digits)
+  # Rows are measured apart from the report, whose other cuts take long to compile.
+  monkeypatch.setattr(measure, "CUTS", (1,))
   out = tmp_path / "out"
   names = ["lot", "sinkhorn", "sinkhorn@2"]
   quickstart.run(out, seed=0, steps=3, refine_steps=2, attentions=names)

@@ -5,6 +5,7 @@ For the cost -xy of projections x and y the optimal coupling is the monotone one
 share of the mass, and overlap where they are coupled. It has at most n + m - 1 entries.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -69,12 +70,14 @@ class Couplings(NamedTuple):
 
   def choose(self, slices: Int[Array, "*batch"]) -> "Couplings":
     """The coupling of one slice alone."""
-    at = slices[..., None, None]
-    arrays = [
-      x if x is None else jnp.take_along_axis(x, at, axis=-2)
-      for x in (self.queries, self.keys, self.shares)
-    ]
-    return Couplings(*arrays, self.size)
+    of_slice = functools.partial(
+      jnp.take_along_axis, indices=slices[..., None, None], axis=-2
+    )
+    return self._replace(
+      queries=None if self.queries is None else of_slice(self.queries),
+      keys=of_slice(self.keys),
+      shares=of_slice(self.shares),
+    )
 
 
 def couple(

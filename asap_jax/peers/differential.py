@@ -40,7 +40,13 @@ class DifferentialParameters(NamedTuple):
 
 
 def lambda_init(layer: int) -> float:
-  """0.8 - 0.6 exp(-0.3 (layer - 1)) of layers counted from one.
+  """0.8 - 0.6 exp(-0.3 (layer - 1)), what lambda starts at.
+
+  Args:
+    layer: of the model, counted from one.
+
+  Returns:
+    A number from 0.2 to 0.8.
 
   Raises:
     ValueError: if `layer` is below one.

@@ -190,7 +190,7 @@ def _check_counts(inputs: Inputs) -> Inputs:
       f"query has {n} tokens, key {m}: soft permutations exist between equal numbers; "
       "use est_attention for cross-attention"
     )
-  if inputs.query_mask is None:
+  if inputs.query_mask is None or inputs.key_mask is None:
     return inputs
   queries, keys = inputs.query_mask.sum(-1), inputs.key_mask.sum(-1)
   equal = (queries == keys)[..., None, None]

@@ -89,6 +89,9 @@ class DifferentialAttention(nnx.Module):
     rngs: source of the vectors, normal of deviation 0.1, stream `params`; the gain
       starts at one.
     **options: bound to `differential_attention`; hashable values.
+
+  Raises:
+    ValueError: if `dim` is odd or `layer` is below one.
   """
 
   def __init__(
@@ -110,7 +113,8 @@ class DifferentialAttention(nnx.Module):
   @property
   def parameters(self) -> DifferentialParameters:
     """The parameters as they stand."""
-    return DifferentialParameters(*self.vectors[...], self.gain[...])
+    query_1, key_1, query_2, key_2 = self.vectors[...]
+    return DifferentialParameters(query_1, key_1, query_2, key_2, self.gain[...])
 
   def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
     """`differential_attention` with these parameters; see there."""

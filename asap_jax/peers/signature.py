@@ -103,7 +103,7 @@ def attention_fn(
     call = _prepare(given.arguments, core.__name__, any_mask, takes_bias, parts)
     return core(call, **options)
 
-  function.__signature__ = signature
+  function.__signature__ = signature  # type: ignore[attr-defined]
   return function
 
 
