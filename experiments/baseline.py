@@ -1,11 +1,13 @@
 """What linear classifiers reach, for comparison."""
 
+from typing import Any
+
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from experiments.examples import evenly, read_many
+from experiments.examples import Examples, evenly, read_many
 from experiments.images import fit
 from experiments.tasks import Task
 
@@ -22,6 +24,7 @@ def linear_baseline(task: Task) -> float:
   scaled down to 16 x 16. Large sets are reduced to 50,000 training texts, or to 10,000
   training and test images, drawn evenly.
   """
+  limits: tuple[int, int | None]
   if task.kind == "text":
     words = TfidfVectorizer(
       ngram_range=(1, 2),
@@ -47,9 +50,12 @@ def _side(task: Task) -> int:
   return min(_SIDE, *task.train[0]["input"].shape[:2])
 
 
-def _inputs_and_labels(examples, limit, side) -> tuple:
+def _inputs_and_labels(
+  examples: Examples, limit: int | None, side: int | None
+) -> tuple[Any, np.ndarray]:
   rows = read_many(examples, evenly(examples, limit))
-  inputs, labels = [], []
+  inputs: Any = []
+  labels = []
   for row in rows:
     given = row["input"]
     inputs.append(given if side is None else fit(given, side).reshape(-1))

@@ -87,7 +87,7 @@ def take(source: Source, indices: np.ndarray) -> Source:
   return _Taken(source, indices)
 
 
-class _Taken(Sequence):
+class _Taken:
   """Some examples of a sequence that decodes when asked."""
 
   def __init__(self, examples: Examples, indices: np.ndarray):
@@ -99,7 +99,7 @@ class _Taken(Sequence):
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self._examples[int(self._indices[index])]
 
-  def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+  def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
     return read_many(self._examples, self._indices[np.asarray(indices)])
 
 
@@ -167,20 +167,23 @@ def foreign_batches(
       None,
       preset.calibration,
     )
-  size = data.prepared.image_shape[0]
+  own = data.prepared.image_shape
+  assert own is not None
   found = prepare(
     other,
     length=preset.length,
     vocabulary=preset.vocabulary,
-    image_size=size,
+    image_size=own[0],
     cache=cache,
     limit_train=preset.calibration,
     limit_test=1,
   )
-  if found.image_shape[-1] != data.prepared.image_shape[-1]:
+  foreign = found.image_shape
+  assert foreign is not None
+  if foreign[-1] != own[-1]:
     raise ValueError(
-      f"--shift-dataset {name} has images of {found.image_shape[-1]} channels: "
-      f"{task.name} has {data.prepared.image_shape[-1]}"
+      f"--shift-dataset {name} has images of {foreign[-1]} channels: "
+      f"{task.name} has {own[-1]}"
     )
   return whole_batches(found.train, data.prepared.test_transform, preset.calibration)
 

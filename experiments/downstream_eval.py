@@ -40,9 +40,14 @@ def compiled(
   `ridge` is the paper's plain form: random slices, potentials alone, no refinement.
   `names` are of `COMPILED`. Zero `refine_steps` leave the ridge fit of the others, too.
   """
-  own = {"refine": True, "refine_steps": refine_steps} if refine_steps else {}
-  own = own or {"refine": False}
-  plain = {"directions": "gaussian", "features": ("potentials",), "refine": False}
+  own: dict[str, Any] = {"refine": False}
+  if refine_steps:
+    own = {"refine": True, "refine_steps": refine_steps}
+  plain: dict[str, Any] = {
+    "directions": "gaussian",
+    "features": ("potentials",),
+    "refine": False,
+  }
   options = {"ridge": plain, "asap": own, "asap@2": {**own, "closures": 2}}
   models, about = {}, {}
   for name in names:

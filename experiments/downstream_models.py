@@ -6,29 +6,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models import AttentionFn, Encoder, EncoderConfig
+from experiments.models import AttentionFn, Classifier, EncoderConfig
 
 Batch = Mapping[str, jax.Array]
 
 
-class TextEncoder(Encoder):
+class TextEncoder(Classifier):
   """Batches of token ids, `ids` and `valid` `[batch, length]`, to class logits."""
 
   def __call__(self, batch: Batch, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Class logits `[batch, classes]`; other entries of `batch` are not read."""
-    return super().__call__(batch["ids"], batch["valid"], rngs)
+    return self.logits(batch["ids"], batch["valid"], rngs)
 
   def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
     dtype = jnp.dtype(config.dtype)
     return nnx.Embed(config.token_size, config.width, dtype=dtype, rngs=rngs)
 
 
-class VisionTransformer(Encoder):
+class VisionTransformer(Classifier):
   """Batches of images, `image` `[batch, height, width, channels]`, to class logits.
 
   Args:
     config: sizes; `token_size` is patch^2 * channels.
-    attention_fn: as of `Encoder`.
+    attention_fn: as of `Classifier`.
     rngs: likewise.
     patch: side of a patch, a token each.
     channels: of the images.
@@ -65,7 +65,7 @@ class VisionTransformer(Encoder):
     """
     images = batch["image"]
     tokens = images if self.convolutions else patches(images, self.patch)
-    return super().__call__(tokens, None, rngs)
+    return self.logits(tokens, None, rngs)
 
   def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
     if self.convolutions:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from experiments.attentions import build_attention
 from experiments.downstream_models import TextEncoder, VisionTransformer
-from experiments.models import Encoder, EncoderConfig
+from experiments.models import Classifier, EncoderConfig
 from experiments.prepare import Prepared
 from experiments.train import TrainConfig
 
@@ -141,8 +141,10 @@ def encoder_config(preset: Preset, prepared: Prepared) -> EncoderConfig:
     ValueError: if the patches do not divide the images.
   """
   if prepared.kind == "text":
+    assert prepared.vocabulary_size is not None
     length, token_size = preset.length, prepared.vocabulary_size
   else:
+    assert prepared.image_shape is not None
     height, width, channels = prepared.image_shape
     patch = patch_of(preset, height)
     if height % patch or width % patch:
@@ -169,7 +171,7 @@ def patch_of(preset: Preset, side: int) -> int:
   return min(4, preset.patch) if side <= SMALL_SIDE else preset.patch
 
 
-def build(name: str, preset: Preset, prepared: Prepared, seed: int) -> Encoder:
+def build(name: str, preset: Preset, prepared: Prepared, seed: int) -> Classifier:
   """A model with a named attention; all else starts alike under one seed.
 
   Raises:
@@ -189,6 +191,7 @@ def build(name: str, preset: Preset, prepared: Prepared, seed: int) -> Encoder:
   ]
   if prepared.kind == "text":
     return TextEncoder(config, functions, nnx.Rngs(seed))
+  assert prepared.image_shape is not None
   height, _, channels = prepared.image_shape
   return VisionTransformer(
     config,

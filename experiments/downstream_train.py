@@ -120,6 +120,7 @@ def train(
         }
         checkpoints.save(taken, state, notes, accuracy)
     best = checkpoints.best(state)
+  assert best is not None  # the last step leaves a checkpoint
   return Trained(
     nnx.merge(graph, best.arrays.params, best.arrays.rest),
     best.notes["held_out_accuracy"],

@@ -1,8 +1,8 @@
 """Labelled texts and images with random access."""
 
 import io
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -10,7 +10,13 @@ from PIL import Image, UnidentifiedImageError
 _CHUNK = 1024  # records read in one call
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-Examples = Sequence[dict[str, Any]]
+
+class Examples(Protocol):
+  """`{"input": ..., "label": int}` by number: a sequence, but for slices of it."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 def _label(example: dict[str, Any], key: str, classes: int, place: str) -> int:
@@ -24,7 +30,7 @@ def _label(example: dict[str, Any], key: str, classes: int, place: str) -> int:
   return label
 
 
-class Texts(Sequence):
+class Texts:
   """Texts and their labels, all in memory.
 
   Attributes:
@@ -71,7 +77,7 @@ class Texts(Sequence):
     return {"input": self.texts[index], "label": int(self.labels[index])}
 
 
-class Images(Sequence):
+class Images:
   """Images and their labels, decoded when they are asked for."""
 
   def __init__(
@@ -104,7 +110,7 @@ class Images(Sequence):
     number = range(len(self))[index]
     return self._decode(number, self._source[number])
 
-  def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+  def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
     """The same as indexing one by one, but several times faster."""
     for start in range(0, len(indices), _CHUNK):
       numbers = [int(i) for i in indices[start : start + _CHUNK]]
@@ -128,14 +134,16 @@ class Images(Sequence):
     return {"input": pixels, "label": label}
 
 
-def read_many(examples: Examples, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+def read_many(
+  examples: Examples, indices: Sequence[int] | np.ndarray
+) -> Iterator[dict[str, Any]]:
   """Examples in the order of `indices`, in the fastest way that they have."""
   if hasattr(examples, "read"):
     return examples.read(indices)
   return (examples[int(i)] for i in indices)
 
 
-def evenly(examples: Sequence, limit: int | None) -> np.ndarray:
+def evenly(examples: Sized, limit: int | None) -> np.ndarray:
   """Indices of `limit` examples at most, drawn evenly from all."""
   count = len(examples)
   kept = min(limit or count, count)

@@ -111,11 +111,20 @@ def compute(seed: int, steps: int, refine_steps: int) -> Pieces:
       query, key = (side[at, head] for side in tokens)
       potentials, x = asap_jax.sliced_potentials(query, key, directions)
       phi = potentials.phi - potentials.phi.mean(-1, keepdims=True)
-      pieces = (query, key, directions, x, directions @ key.T, phi)
-      pieces += (dual_map.weights[head], dual[:, head], predicted[:, head])
-      pieces += (plan[at, head],)
-      arrays = (np.asarray(piece) for piece in pieces)
-      found.append((float(missed[:, head].mean()), Pieces(*arrays, float(tv[head]))))
+      pieces = Pieces(
+        query=np.asarray(query),
+        key=np.asarray(key),
+        directions=np.asarray(directions),
+        x=np.asarray(x),
+        y=np.asarray(directions @ key.T),
+        phi=np.asarray(phi),
+        weights=np.asarray(dual_map.weights[head]),
+        dual=np.asarray(dual[:, head]),
+        predicted=np.asarray(predicted[:, head]),
+        plan=np.asarray(plan[at, head]),
+        tv=float(tv[head]),
+      )
+      found.append((float(missed[:, head].mean()), pieces))
   return max(found, key=lambda each: each[0])[1]
 
 

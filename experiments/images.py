@@ -24,7 +24,7 @@ def fit(image: np.ndarray, size: int | None) -> np.ndarray:
   return np.asarray(scaled).reshape(size, size, image.shape[-1])
 
 
-class _Scaled(Sequence):
+class _Scaled:
   """Some examples of images, all of one shape."""
 
   def __init__(
@@ -44,7 +44,7 @@ class _Scaled(Sequence):
   def __getitem__(self, index: int) -> dict[str, Any]:
     return next(self.read([range(len(self))[index]]))
 
-  def read(self, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+  def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
     for row in read_many(self._examples, self._indices[indices]):
       image = fit(row["input"], self._size)
       if image.shape != self._shape:
@@ -76,7 +76,8 @@ def decode(
   labels = np.empty(len(indices), np.int32)
   for i, row in enumerate(scaled.read(np.arange(len(indices)))):
     images[i], labels[i] = row["input"], row["label"]
-  return {"image": images, "label": labels}
+  arrays: dict[str, np.ndarray] = {"image": images, "label": labels}
+  return arrays
 
 
 def statistics(

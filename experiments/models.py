@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ class Block(nnx.Module):
   """Attention and MLP, each behind a layer norm and beside a residual connection."""
 
   def __init__(self, config: EncoderConfig, attention_fn: AttentionFn, rngs: nnx.Rngs):
-    width, own = config.width, {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
+    width = config.width
+    own: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
     self.attention_norm = nnx.LayerNorm(width, **own)
     self.attention = nnx.MultiHeadAttention(
       config.heads, width, attention_fn=attention_fn, decode=False, **own
@@ -70,8 +72,10 @@ class Block(nnx.Module):
     return x + drop(self.mlp_out(nnx.gelu(self.mlp_in(self.mlp_norm(x)))))
 
 
-class Encoder(nnx.Module):
-  """Tokens `[batch, length, token_size]` to class logits `[batch, classes]`.
+class Classifier(nnx.Module):
+  """A Transformer encoder with a linear head on the mean of its last states.
+
+  Subclasses say what they are called with.
 
   Args:
     config: sizes.
@@ -85,8 +89,11 @@ class Encoder(nnx.Module):
     attention_fn: AttentionFn | Sequence[AttentionFn],
     rngs: nnx.Rngs,
   ):
-    shared = not isinstance(attention_fn, Sequence)
-    functions = [attention_fn] * config.layers if shared else attention_fn
+    functions: Sequence[AttentionFn]
+    if isinstance(attention_fn, Sequence):
+      functions = attention_fn
+    else:
+      functions = [attention_fn] * config.layers
     if len(functions) != config.layers:
       raise ValueError(
         f"attention_fn has {len(functions)} functions: expected {config.layers}, one "
@@ -102,7 +109,7 @@ class Encoder(nnx.Module):
     self.token_dropout = nnx.Dropout(config.token_dropout, broadcast_dims=(-1,))
     self.dtype = dtype
 
-  def __call__(
+  def logits(
     self,
     tokens: jax.Array,
     valid: jax.Array | None = None,
@@ -144,3 +151,16 @@ class Encoder(nnx.Module):
   def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
     dtype = jnp.dtype(config.dtype)
     return nnx.Linear(config.token_size, config.width, dtype=dtype, rngs=rngs)
+
+
+class Encoder(Classifier):
+  """Tokens `[batch, length, token_size]` to class logits `[batch, classes]`."""
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    valid: jax.Array | None = None,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """As `logits`."""
+    return self.logits(tokens, valid, rngs)

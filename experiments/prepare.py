@@ -48,12 +48,18 @@ class Prepared(NamedTuple):
     """What `loader` is to do with training batches."""
     if self.kind == "text":
       return None
+    assert self.mean is not None
+    assert self.std is not None
     return augment(self.mean, self.std, flip=self.flip)
 
   @property
   def test_transform(self) -> Transform | None:
     """What `loader` is to do with the batches that are evaluated."""
-    return None if self.kind == "text" else standardise(self.mean, self.std)
+    if self.kind == "text":
+      return None
+    assert self.mean is not None
+    assert self.std is not None
+    return standardise(self.mean, self.std)
 
 
 def prepare(
@@ -90,7 +96,6 @@ def prepare(
       raise ValueError(f"{name}={value}: expected at least 1, or None")
   train = evenly(task.train, limit_train)
   test = evenly(task.test, limit_test)
-  shared = task.name, task.kind
   if task.kind == "text":
     texts, labels = _texts(task.train, train)
     test_texts, test_labels = _texts(task.test, test)
@@ -100,7 +105,16 @@ def prepare(
       ids, valid = encode(tokenizer, strings, length, keep=keep)
       splits.append({"ids": ids, "valid": valid, "label": classes})
     size = tokenizer.get_vocab_size()
-    return Prepared(*shared, *splits, task.classes, task.label_names, size, length)
+    return Prepared(
+      task.name,
+      "text",
+      splits[0],
+      splits[1],
+      task.classes,
+      task.label_names,
+      size,
+      length,
+    )
   first = fit(task.train[train[0]]["input"], image_size)
   images = [
     decode(examples, indices, image_size, first.shape, f"{task.name}, {role} split")
@@ -111,8 +125,10 @@ def prepare(
   ]
   mean, std = statistics(images[0])
   return Prepared(
-    *shared,
-    *images,
+    task.name,
+    "image",
+    images[0],
+    images[1],
     task.classes,
     task.label_names,
     image_shape=first.shape,

@@ -21,8 +21,13 @@ class Parts(NamedTuple):
 class Source(Protocol):
   """What is known of a data set before it is found."""
 
-  config: str | None
-  repository: str | None
+  @property
+  def config(self) -> str | None:
+    """Its configuration, of several."""
+
+  @property
+  def repository(self) -> str | None:
+    """That of Hugging Face, if TFDS has it from there."""
 
 
 def parts_of(name: str) -> Parts:
@@ -72,7 +77,7 @@ def find_builder(
   try:
     return _download(asked, source if hosted else None, data_dir)
   except Exception as error:
-    cause = error
+    cause: BaseException = error
     while cause.__cause__ is not None:
       cause = cause.__cause__
     reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]

@@ -7,9 +7,8 @@ import argparse
 import functools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -19,7 +18,7 @@ from asap_jax.plotting import plot_plans
 from asap_jax.surgery import find_sinkhorn, held_at, recorder
 from experiments import peers, replacements
 from experiments.attentions import TRAINABLE, trainable
-from experiments.data import batches_of, digits, shift_digits
+from experiments.data import Split, batches_of, digits, shift_digits
 from experiments.models import Encoder, EncoderConfig
 from experiments.results import new_directory, print_rows, write_results
 from experiments.train import TrainConfig, accuracy, predict, train_classifier
@@ -117,17 +116,22 @@ def run(
     "ridge": ridge,
     "asap": restored,
   }
-  rows = _measure(models, data.test, own_weights=("softmax", *others))
-  rows["asap"]["restored_identical"] = identical
+  measured = _measure(models, data.test, own_weights=("softmax", *others))
+  measured["asap"]["restored_identical"] = identical
   draw_plans(teacher, restored, data.test.inputs[:120], out / "plans.png")
   seconds["evaluate"] = time.perf_counter() - mark
   seconds["total"] = time.perf_counter() - started
 
   cuts = [f"sinkhorn@{k}" for k in CUTS]
   order = ("softmax", *others, "softmax_swap", "sinkhorn", *cuts, "ridge", "asap")
-  rows = replacements.ordered(rows, order)
-  config = {"seed": seed, "steps": steps, "iterations": ITERATIONS, "slices": SLICES}
-  config["attentions"] = names
+  rows = replacements.ordered(measured, order)
+  config = {
+    "seed": seed,
+    "steps": steps,
+    "iterations": ITERATIONS,
+    "slices": SLICES,
+    "attentions": names,
+  }
   path = write_results(out, "quickstart", config, rows, seconds)
   print_rows(rows, f"digits, {len(data.test.labels)} test images")
   print(f"Restored model: outputs identical. Wrote {path} and {out / 'plans.png'}")
@@ -135,7 +139,9 @@ def run(
   return rows
 
 
-def _measure(models, test, own_weights) -> dict[str, dict]:
+def _measure(
+  models: Mapping[str, nnx.Module], test: Split, own_weights: Sequence[str]
+) -> dict[str, dict]:
   call = lambda model, batch: model(batch)  # noqa: E731
   batches = batches_of(test.inputs, 120)
   compared = {name: model for name, model in models.items() if name not in own_weights}
@@ -153,7 +159,9 @@ def _measure(models, test, own_weights) -> dict[str, dict]:
   }
 
 
-def draw_plans(teacher, compiled, inputs: jax.Array, path: pathlib.Path) -> None:
+def draw_plans(
+  teacher: nnx.Module, compiled: nnx.Module, inputs: np.ndarray, path: pathlib.Path
+) -> None:
   """Plans of teacher, compiled layer and one Sinkhorn iteration, with column sums.
 
   Shown is the head, of all layers, whose plan one iteration misses most, on the input
@@ -161,7 +169,8 @@ def draw_plans(teacher, compiled, inputs: jax.Array, path: pathlib.Path) -> None
   """
   sites = find_sinkhorn(teacher)
   record = recorder(teacher, sites, lambda model, batch: model(batch))
-  worst = None
+  most = -np.inf
+  worst: dict[str, np.ndarray] = {}
   for site, (activation,) in zip(sites, record(inputs), strict=True):
     operators = {
       f"Sinkhorn, {site.iterations} iterations\n(teacher)": Operator(
@@ -173,10 +182,10 @@ def draw_plans(teacher, compiled, inputs: jax.Array, path: pathlib.Path) -> None
     plans = [np.asarray(plan_of(activation, op)) for op in operators.values()]
     distance = np.abs(plans[2] - plans[0]).sum((-2, -1))
     where = np.unravel_index(distance.argmax(), distance.shape)
-    if worst is None or distance[where] > worst[0]:
+    if not worst or distance[where] > most:
       shown = (np.asarray(plan[where]) for plan in plans)
-      worst = distance[where], dict(zip(operators, shown, strict=True))
-  plot_plans(worst[1])[0, 0].figure.savefig(path, dpi=150)
+      most, worst = distance[where], dict(zip(operators, shown, strict=True))
+  plot_plans(worst)[0, 0].figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

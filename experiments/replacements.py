@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from asap_jax.attention import sinkhorn_attention, softmax_attention
-from asap_jax.fidelity import fidelity_sums, operator_of
+from asap_jax.fidelity import FidelitySums, fidelity_sums, operator_of
 from asap_jax.surgery import find_sinkhorn, held_at, recorder, replace_sites
 
 Call = Callable[[nnx.Module, Any], jax.Array]
@@ -65,25 +65,28 @@ def layer_fidelity(
     name: [operator_of(held_at(model, site)) for site in sites]
     for name, model in replaced.items()
   }
-  sums = {name: [None] * len(sites) for name in replaced}
+  sums: dict[str, dict[int, FidelitySums]] = {name: {} for name in replaced}
   for batch in batches:
     for index, (site, calls) in enumerate(zip(sites, record(batch), strict=True)):
       for activation in calls:
         for name, of_sites in operators.items():
           new = fidelity_sums(activation, of_sites[index], site.iterations)
-          old = sums[name][index]
+          old = sums[name].get(index)
           sums[name][index] = new if old is None else old + new
   return {
     name: [
-      {
-        "layer": site.name,
-        "tv": float((s.tv / s.rows).mean()),
-        "kl": float((s.kl / s.rows).mean()),
-        "column_error": float((s.column_error / s.columns).mean()),
-      }
-      for site, s in zip(sites, of_method, strict=True)
+      {"layer": site.name, **_means(of_method[index])}
+      for index, site in enumerate(sites)
     ]
     for name, of_method in sums.items()
+  }
+
+
+def _means(sums: FidelitySums) -> dict[str, float]:
+  return {
+    "tv": float((sums.tv / sums.rows).mean()),
+    "kl": float((sums.kl / sums.rows).mean()),
+    "column_error": float((sums.column_error / sums.columns).mean()),
   }
 
 

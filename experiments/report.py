@@ -197,6 +197,7 @@ def draw_frontier(results: Results, path: pathlib.Path) -> None:
   """TV to the teacher's plan against the time of a forward pass."""
   axes = plotting.plot_frontier(frontier_of(results["rows"]), title=name_of(results))
   axes.set_xlabel("ms, as the experiment takes them")
+  assert isinstance(axes.figure, Figure)  # of its own
   axes.figure.savefig(path, dpi=150)
 
 

@@ -114,6 +114,7 @@ def encode(
   head = {"start": length, "end": 0, "both": length - length // 2}[keep]
   tail = length - head
   unknown = tokenizer.token_to_id(UNKNOWN)
+  assert unknown is not None, f"tokenizer was not trained with {UNKNOWN}"
   ids = np.full((len(texts), length), tokenizer.token_to_id(PAD), np.int32)
   counts = np.empty(len(texts), np.int32)
   for start in range(0, len(texts), _CHUNK):

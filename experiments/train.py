@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from rich.progress import (
   BarColumn,
   MofNCompleteColumn,
@@ -101,7 +102,7 @@ def train_classifier(
 
 @nnx.jit
 def _train_step(
-  model: nnx.Module, optimizer: nnx.Optimizer, inputs: jax.Array, labels: jax.Array
+  model: nnx.Module, optimizer: nnx.Optimizer, inputs: ArrayLike, labels: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
   def loss_fn(model):
     logits = model(inputs)
@@ -114,7 +115,7 @@ def _train_step(
 
 
 @nnx.jit
-def predict(model: nnx.Module, inputs: jax.Array) -> jax.Array:
+def predict(model: nnx.Module, inputs: ArrayLike) -> jax.Array:
   """Class logits."""
   return model(inputs)
 

@@ -1,6 +1,7 @@
 """The progress of a training run, shown and measured."""
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +31,8 @@ class Watch:
       ),
       TimeRemainingColumn(),
     )
-    nothing = dict.fromkeys(("loss", "accuracy", "examples_per_second"), np.nan)
+    names = ("loss", "accuracy", "examples_per_second")
+    nothing: dict[str, Any] = dict.fromkeys(names, np.nan)
     self._bar = self._progress.add_task(
       label, total=config.steps, completed=start, **nothing
     )
@@ -59,5 +61,6 @@ class Watch:
     seen = (step - self._step) * self._batch_size
     values["examples_per_second"] = seen / (now - self._last)
     self._step, self._last = step, now
-    self._progress.update(self._bar, completed=step, **values)
+    fields: dict[str, Any] = values
+    self._progress.update(self._bar, completed=step, **fields)
     return values

@@ -1,8 +1,10 @@
 """Fidelity against time: of families of operators, and of a compiled model."""
 
 import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -41,6 +43,7 @@ def plot_frontier(
     )
   axes = axes_or_new(axes, 6.0, 4.0)
   styles = 0
+  style: dict[str, Any]
   for family, given in series.items():
     points = _finite(family, given)
     if any(point.cut is not None for point in points):
@@ -94,7 +97,8 @@ def plot_report(
     raise ValueError(
       "report holds no alternatives: expected some measured on at least one layer"
     )
-  panels = grid(len(layers), 4.3) if axes is None else np.ravel(axes)
+  given = None if axes is None else np.asarray(axes, dtype=object).ravel()
+  panels = grid(len(layers), 4.3) if given is None else given
   if len(panels) != len(layers):
     raise ValueError(
       f"axes holds {len(panels)} axes: expected {len(layers)}, one for every layer "
@@ -103,7 +107,7 @@ def plot_report(
   for layer, panel in zip(layers, panels, strict=True):
     standing = layer.standing
     cuts = [point for point in layer.alternatives if point.cut is not None]
-    cuts.sort(key=lambda point: point.cut)
+    cuts.sort(key=operator.attrgetter("cut"))
     teacher = Alternative("teacher", 0.0, layer.teacher_milliseconds)
     others = [
       point

@@ -1,6 +1,6 @@
 """Plans, and what their keys receive."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -152,7 +152,9 @@ def plot_sinks(
   return titled(axes, title)
 
 
-def _received(name: str, plan: ArrayLike, expected: str, dims) -> np.ndarray:
+def _received(
+  name: str, plan: ArrayLike, expected: str, dims: Sequence[int]
+) -> np.ndarray:
   """Column sums over n / m, `[..., m]`."""
   plan = array_of(name, plan, expected, dims)
   return plan.sum(-2) * plan.shape[-1] / plan.shape[-2]

@@ -36,13 +36,14 @@ def plot_potentials(
   Raises:
     ValueError: if points and potentials do not match, or there are none.
   """
+  sides: list[tuple[str, ArrayLike, str, ArrayLike]]
   sides = [("x", x, "phi", potentials.phi)]
   if y is not None:
     sides.append(("y", y, "psi", potentials.psi))
   drawn = []
-  for name, points, potential, values in sides:
-    points = array_of(name, points, "[n]", (1,))
-    values = array_of(potential, values, f"{points.shape}, as {name}", (1,))
+  for name, given, potential, of_given in sides:
+    points = array_of(name, given, "[n]", (1,))
+    values = array_of(potential, of_given, f"{points.shape}, as {name}", (1,))
     if points.shape != values.shape:
       raise ValueError(
         f"{potential} has shape {values.shape}: expected {points.shape}, as {name}"
@@ -180,7 +181,11 @@ def plot_coupling(
   segments = np.stack([starts[rows], ends[columns]], axis=1)
   axes = plot_clouds(clouds, axes, title)
   lines = LineCollection(
-    segments, colors="grey", alpha=share[rows, columns], linewidths=1.0, zorder=1.0
+    list(segments),
+    colors="grey",
+    alpha=share[rows, columns],
+    linewidths=1.0,
+    zorder=1.0,
   )
   axes.add_collection(lines, autolim=False)
   return axes

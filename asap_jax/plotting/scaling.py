@@ -45,7 +45,7 @@ def plot_scaling(
   families, variants = (
     list(dict.fromkeys(names)) for names in zip(*series, strict=True)
   )
-  lengths = set()
+  lengths: set[float] = set()
   for (family, variant), given in series.items():
     points = sorted(point for point in given if _on_log_scale(point))
     if len(points) < len(given):
