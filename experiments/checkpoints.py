@@ -47,7 +47,12 @@ class Checkpoints:
           [
             policies.LatestN(1),
             # Sorted stably by it, so that of equals the latest stays.
-            policies.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1),
+            policies.BestN(
+              get_metric_fn=lambda metrics: metrics["accuracy"],
+              n=1,
+              # What a killed process has half removed goes.
+              keep_checkpoints_without_metrics=False,
+            ),
           ]
         ),
         save_decision_policy=policies.FixedIntervalPolicy(1),
@@ -91,10 +96,9 @@ class Checkpoints:
 
   def best(self, like: Any) -> Restored | None:
     """The one of the highest accuracy, of equals the last; `None` if there is none."""
-    accuracies = {
-      step: self._manager.metrics(step)["accuracy"]
-      for step in self._manager.all_steps()
-    }
+    metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+    # Those without were half removed when a process was killed: they were not the best.
+    accuracies = {step: found["accuracy"] for step, found in metrics.items() if found}
     if not accuracies:
       return None
     return self._restore(max(accuracies, key=lambda s: (accuracies[s], s)), like)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from experiments.attentions import build_attention
 from experiments.checkpoints import write_whole
-from experiments.downstream_data import load
+from experiments.downstream_data import foreign_batches, load
 from experiments.downstream_eval import LEAST_GAIN, recovered
 from experiments.downstream_presets import PRESETS, preset_of
 from experiments.downstream_rows import pooled
@@ -85,9 +85,13 @@ def run(task: Task, args: argparse.Namespace, started: float) -> list[dict[str, 
   preset = dataclasses.replace(preset, **given)
   directory = args.out / args.dataset.replace("/", "-").replace(":", "-")
   data = load(task, preset, directory / "tokenizer", args.test_limit)
+  foreign = None
+  if args.shift_dataset is not None:
+    given = task, data, preset, directory / "tokenizer", args.data_dir
+    foreign = foreign_batches(args.shift_dataset, *given)
   seconds = {"data": time.perf_counter() - started}
   names = list(dict.fromkeys((*TRAINED, *args.attention)))
-  one = functools.partial(run_seed, task, data, preset, names, args, directory)
+  one = functools.partial(run_seed, data, foreign, preset, names, args)
   per_seed = [_kept(directory / f"seed{seed}", one, seed) for seed in args.seeds]
   linear = _kept(directory, lambda *_: baseline_row(task), 0, "linear.json")
 

@@ -13,13 +13,13 @@ from experiments import downstream_eval as evaluation
 from experiments.baseline import linear_baseline
 from experiments.downstream_data import (
   Data,
-  foreign_batches,
   ordered_batches,
   training_batches,
   whole_batches,
 )
 from experiments.downstream_presets import Preset, build
 from experiments.downstream_train import train
+from experiments.loaders import Batch
 from experiments.tasks import Task
 
 # Test inputs that plans are compared on, and forward passes that are timed.
@@ -27,16 +27,19 @@ PLANS, REPEATS = 512, 5
 
 
 def run_seed(
-  task: Task,
   data: Data,
+  foreign: Sequence[Batch] | None,
   preset: Preset,
   names: Sequence[str],
   args: argparse.Namespace,
-  root: pathlib.Path,
   seed: int,
   directory: pathlib.Path,
 ) -> dict[str, Any]:
-  """Rows by method, rows of shifted inputs, and seconds, as JSON has them."""
+  """Rows by method, rows of shifted inputs, and seconds, as JSON has them.
+
+  `foreign` are inputs of another data set to compile on as well; `directory` keeps
+  checkpoints, metrics and the compiled model.
+  """
   seconds = {}
   mark = time.perf_counter()
   trained, about = train_all(names, data, preset, seed, directory)
@@ -71,8 +74,10 @@ def run_seed(
   order = ["softmax", "sinkhorn", *(n for n in order if n != "softmax")]
   rows = [{"method": name, **found[name], **about.get(name, {})} for name in order]
   shift = _shifted_rows(trained, replaced, data, plans)
-  if args.shift_dataset is not None:
-    shift += _foreign_rows(task, data, preset, args, root, seed, trained, plans)
+  if foreign is not None:
+    shift += _foreign_rows(
+      trained["sinkhorn"], data, foreign, plans, args, preset, seed
+    )
   seconds["evaluate"] = time.perf_counter() - mark
   return {"rows": rows, "shift": shift, "seconds": seconds}
 
@@ -130,22 +135,19 @@ def _shifted_rows(trained, replaced, data: Data, plans) -> list[dict[str, Any]]:
 
 
 def _foreign_rows(
-  task, data: Data, preset: Preset, args, root, seed: int, trained, plans
+  teacher, data: Data, foreign, plans, args, preset: Preset, seed: int
 ) -> list[dict[str, Any]]:
   """Operators that were compiled on another data set's inputs, on this one's."""
-  batches = foreign_batches(
-    args.shift_dataset, task, data, preset, root / "tokenizer", args.data_dir
-  )
   replaced, about = evaluation.compiled(
-    trained["sinkhorn"],
-    batches,
+    teacher,
+    foreign,
     slices=args.slices,
     refine_steps=preset.refine_steps,
     seed=seed,
     names=("ridge", "asap"),
   )
   test = ordered_batches(data.prepared.test, data.prepared.test_transform)
-  found = evaluation.measure({"sinkhorn": trained["sinkhorn"]}, replaced, test, plans)
+  found = evaluation.measure({"sinkhorn": teacher}, replaced, test, plans)
   kind = f"compiled on {args.shift_dataset}"
   return [
     {"method": name, "shift": kind, **found[name], **about[name]} for name in replaced
@@ -154,8 +156,4 @@ def _foreign_rows(
 
 def baseline_row(task: Task) -> dict[str, Any]:
   """Logistic regression on the inputs themselves."""
-  return {
-    "method": "linear",
-    "accuracy": linear_baseline(task),
-    "n_test": len(task.test),
-  }
+  return {"method": "linear", "accuracy": linear_baseline(task)}

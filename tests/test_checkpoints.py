@@ -4,6 +4,7 @@ import csv
 import functools
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,19 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
   (half / "arrays").write_text("cut off")
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest(state(0)).step == 2
+
+
+def test_a_checkpoint_that_was_half_removed_is_passed_over(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(2, state(2), {}, 0.5)
+  shutil.copytree(tmp_path / "2", tmp_path / "1")
+  shutil.rmtree(tmp_path / "1" / "metrics")
+  (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.best(state(0)).step == checkpoints.latest(state(0)).step == 2
+    checkpoints.save(4, state(4), {}, 0.6)
+    assert checkpoints.best(state(0)).step == 4
+  assert [path.name for path in tmp_path.iterdir()] == ["4"]
 
 
 def test_log_goes_on_after_the_step_that_is_resumed(tmp_path):

@@ -235,7 +235,8 @@ def call(out, *options):
 
 @pytest.fixture
 def small(monkeypatch):
-  monkeypatch.setattr(downstream, "load_task", lambda name, **_: task(name))
+  for module in (downstream, downstream_data):
+    monkeypatch.setattr(module, "load_task", lambda name, **_: task(name))
   monkeypatch.setattr(downstream, "preset_of", lambda *_: PRESET)
   monkeypatch.setattr(downstream_run, "REPEATS", 1)
   # Less to compile: one size of batches, and few methods.
@@ -259,7 +260,7 @@ def compile_double(teacher, batches, slices, *, seed, call, **options):
 def test_everything_is_measured_and_resumed(tmp_path, small, capsys, monkeypatch):
   monkeypatch.setattr(asap_jax, "compile", compile_double)
   out = tmp_path / "out"
-  given = ("--seeds", 0, "--test-limit", 32)
+  given = ("--seeds", 0, "--test-limit", 32, "--shift-dataset", "other")
   call(out, *given)
   results = json.loads((out / "results.json").read_text())
   rows = {row["method"]: row for row in results["rows"] if "shift" not in row}
@@ -277,8 +278,13 @@ def test_everything_is_measured_and_resumed(tmp_path, small, capsys, monkeypatch
   assert [rows[name]["compile_seconds"] for name in ("ridge", "asap")] == [5, 4]
   assert rows["sinkhorn"]["best_step"] in (3, 6)
   shifted = [row for row in results["rows"] if "shift" in row]
-  assert {row["shift"] for row in shifted} == {"half length"}
-  assert [row["method"] for row in shifted] == ["sinkhorn", "softmax_swap", "asap"]
+  assert [(row["shift"], row["method"]) for row in shifted] == [
+    ("half length", "sinkhorn"),
+    ("half length", "softmax_swap"),
+    ("half length", "asap"),
+    ("compiled on other", "ridge"),
+    ("compiled on other", "asap"),
+  ]
   assert results["config"]["seeds"] == [0]
   assert results["config"]["preset_values"]["steps"] == 6
   seed = out / "news" / "seed0"
