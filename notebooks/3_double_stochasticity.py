@@ -21,13 +21,15 @@ from asap_jax import metrics, plotting
 # %% [markdown]
 # ## Two models, trained alike
 #
-# Six blocks on 16 tokens of 2 x 2 pixels. `states` gives the tokens after every block,
+# Four blocks on 16 tokens of 2 x 2 pixels. `states` gives the tokens after every block,
 # and `sow_weights` makes Flax keep the attention weights.
 
 # %%
 images, labels = load_digits(return_X_y=True)
-images = (images / 16).astype(np.float32).reshape(-1, 4, 2, 4, 2)
-tokens = images.swapaxes(2, 3).reshape(-1, 16, 4)
+shuffled = np.random.default_rng(0).permutation(len(labels))
+images, labels = images[shuffled] / 16, labels[shuffled]
+tokens = images.astype(np.float32).reshape(-1, 4, 2, 4, 2)
+tokens = tokens.swapaxes(2, 3).reshape(-1, 16, 4)
 train, test = slice(0, 1408), slice(1408, None)
 
 
@@ -51,7 +53,7 @@ class Block(nnx.Module):
 class DigitReader(nnx.Module):
   """Tokens `[batch, 16, 4]` to logits of ten classes."""
 
-  def __init__(self, attention_fn, rngs, width=32, depth=6):
+  def __init__(self, attention_fn, rngs, width=32, depth=4):
     self.embed = nnx.Linear(4, width, rngs=rngs)
     self.positions = nnx.Param(0.5 * jax.random.normal(rngs.params(), (16, width)))
     self.blocks = nnx.List([Block(width, attention_fn, rngs) for _ in range(depth)])
@@ -69,7 +71,7 @@ class DigitReader(nnx.Module):
 
 
 # %%
-STEPS = 500
+STEPS = 400
 
 
 @nnx.jit
@@ -108,7 +110,7 @@ models = {
 # %%
 batches = tokens[train].reshape(11, 128, 16, 4)
 models["ASAP"], _ = asap_jax.compile(
-  models["Sinkhorn"], batches, slices=4, refine_steps=150, progress=False
+  models["Sinkhorn"], batches, slices=4, hidden=0, refine_steps=100, progress=False
 )
 
 # %% [markdown]
