@@ -87,8 +87,9 @@ def run(task: Task, args: argparse.Namespace, started: float) -> list[dict[str, 
   data = load(task, preset, directory / "tokenizer", args.test_limit)
   foreign = None
   if args.shift_dataset is not None:
-    given = task, data, preset, directory / "tokenizer", args.data_dir
-    foreign = foreign_batches(args.shift_dataset, *given)
+    foreign = foreign_batches(
+      args.shift_dataset, task, data, preset, directory / "tokenizer", args.data_dir
+    )
   seconds = {"data": time.perf_counter() - started}
   names = list(dict.fromkeys((*TRAINED, *args.attention)))
   one = functools.partial(run_seed, data, foreign, preset, names, args)
