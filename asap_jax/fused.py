@@ -41,9 +41,9 @@ def scaled_attention(
     query: `[..., n, dim]`, carrying the scale of the logits.
     key: `[..., m, dim]`.
     value: `[..., m, features]`.
-    f: query-side dual to start at, `[..., n]`; or what predicts it from query, key and
-      their weights: `asap_jax.predict_dual`, bound to its dual map. The last axis of
-      the batch is that of the heads then.
+    f: query-side dual to start at, `[..., n]`; or what predicts it from query, key,
+      their weights and, where they are at hand, `products`: `asap_jax.predict_dual`,
+      bound to its dual map. The last axis of the batch is that of the heads then.
     count: closures, at least one.
     query_weights: `None`, mask or masses, broadcast to `[..., n]`.
     key_weights: likewise, to `[..., m]`; values of absent keys may hold anything.
@@ -76,12 +76,16 @@ def scaled_attention(
       )
       return logits_of(products_of(queries, keys))
 
+    products = products_of(query, key)
+    # For one closure XLA forms the kernel at once on a CPU, if nothing else needs the
+    # products. Over more, sharp logits are needed time and again: they are kept.
+    kept = {} if count == 1 else {"products": products}
     if f is None and predict is not None:
-      f = predict(query, key, *weights)
-    logits = logits_of(products_of(query, key))
-    # Over many closures sharp logits are needed time and again: those are kept.
+      f = predict(query, key, *weights, **kept)
     anew = again if count == 1 else None
-    plan = scaled_plan(logits, f, count, *weights, relaxation=relaxation, again=anew)
+    plan = scaled_plan(
+      logits_of(products), f, count, *weights, relaxation=relaxation, again=anew
+    )
     return plan.apply(value, key_weights, precision=precision)
 
   def by_blocks(*arguments):
