@@ -17,7 +17,7 @@ FOLDER = pathlib.Path(__file__).parent.absolute()
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-def execute(script: pathlib.Path, timeout: int = 600) -> NotebookNode:
+def execute(script: pathlib.Path, timeout: int = 1800) -> NotebookNode:
   """The notebook of a script, run with the package of this checkout.
 
   Args:
