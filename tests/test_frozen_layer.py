@@ -59,6 +59,7 @@ def run(files, *options):
   return {row["method"]: row for row in results["rows"]}
 
 
+@pytest.mark.slow
 def test_every_method_is_measured(files, capsys, monkeypatch):
   monkeypatch.setattr(frozen_layer, "BATCH", 4)  # the six test inputs are 1.5 batches
   # Rows are measured apart from the report, whose other cuts take long to compile.

@@ -83,6 +83,12 @@ def series_style(index: int) -> dict[str, Any]:
   """Colour, marker and line of one of several series; the first 12 all differ.
 
   Markers are hollow in every second round of the colours.
+
+  Args:
+    index: of the series, from zero.
+
+  Returns:
+    Keyword arguments of `Axes.plot`.
   """
   hollow = (index // len(COLOURS)) % 2
   return {
