@@ -81,7 +81,8 @@ def compile(
       keeps the map linear, as it is without refinement.
     ridge: penalty relative to each feature's variance.
     refine: whether to descend after the ridge fit. `False` is the paper's plain form
-      (with `directions="gaussian"` and `features=("potentials",)`).
+      (with `directions="gaussian"` and `features=("potentials",)`), and RA-OT where the
+      teacher's iterations converge (see `objective`).
     refine_steps: steps of up to 32 sequences per layer; more give a closer plan. What
       is best on held-out batches is kept, so it never ends worse there than it started.
       Activations are kept in memory up to 1 GiB, and read in parts beyond.

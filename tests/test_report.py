@@ -1,5 +1,6 @@
 """What a report says of the operators that were measured beside the chosen one."""
 
+import builtins
 import dataclasses
 import pathlib
 import subprocess
@@ -38,6 +39,16 @@ def layer(name="layers[a].attention", tv=0.12, milliseconds=0.6, **options):
 
 def report(*layers):
   return Report(layers=layers, slices=4, batches=5, tokens=800, seconds=3.0)
+
+
+def test_text_is_the_same_in_a_notebook(monkeypatch):
+  class ZMQInteractiveShell:  # how rich knows a notebook's kernel
+    pass
+
+  text = str(report(layer(alternatives=ALTERNATIVES)))
+  monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+  assert text == str(report(layer(alternatives=ALTERNATIVES)))
+  assert "column error" in text
 
 
 def test_a_cut_that_is_faster_and_closer_is_named():
