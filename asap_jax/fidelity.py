@@ -85,12 +85,18 @@ def operator_of(attention_fn: Callable[..., jax.Array]) -> Operator:
 
 
 def fidelity_sums(
-  activation: Activation, operator: Operator, iterations: int
-) -> FidelitySums:
-  """Compares an operator's plan with that of `iterations` of Sinkhorn, on one call."""
-  kind, own, dual_map = operator
-  sums = _fidelity_sums(activation, dual_map, kind, own, iterations)
-  return FidelitySums(*(np.asarray(value, np.float64) for value in sums))
+  activation: Activation, operators: Sequence[Operator], iterations: int
+) -> list[FidelitySums]:
+  """Compares operators' plans with that of `iterations` of Sinkhorn, on one call."""
+  source = _source(activation, iterations)
+  sums = [
+    _fidelity_sums(activation, source, dual_map, kind, own)
+    for kind, own, dual_map in operators
+  ]
+  return [
+    FidelitySums(*(np.asarray(value, np.float64) for value in of_one))
+    for of_one in sums
+  ]
 
 
 def operator_milliseconds(
@@ -164,11 +170,17 @@ def _output(activation, dual_map, kind, iterations):
   )
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "own", "iterations"))
-def _fidelity_sums(activation, dual_map, kind, own, iterations):
+@functools.partial(jax.jit, static_argnames=("iterations",))
+def _source(activation, iterations):
+  """The dual that the teacher's last iteration consumed."""
+  masks = activation.query_mask, activation.key_mask
+  return sinkhorn_source_dual(activation.logits, iterations, *masks)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "own"))
+def _fidelity_sums(activation, source, dual_map, kind, own):
   logits = activation.logits
   masks = activation.query_mask, activation.key_mask
-  source = sinkhorn_source_dual(logits, iterations, *masks)
   teacher = plan(logits, closure(logits, source, *masks), *masks)
   duals, predicted = _duals(activation, dual_map, kind, own)
   compared = plan(logits, duals, *masks)

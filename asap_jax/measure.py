@@ -78,8 +78,8 @@ def measure(
   for calls in teacher.activations("Measuring", held_out=True):
     for index, (layer, of_layer) in enumerate(zip(layers, calls, strict=True)):
       for activation in of_layer:
-        for place, operator in enumerate(everyone[index]):
-          new = fidelity_sums(activation, operator, layer.site.iterations)
+        found = fidelity_sums(activation, everyone[index], layer.site.iterations)
+        for place, new in enumerate(found):
           old = sums[index].get(place)
           sums[index][place] = new if old is None else old + new
       if not times[index]:

@@ -61,16 +61,15 @@ def layer_fidelity(
   """The same layer by layer, in the model's order; `layer` is its name."""
   sites = find_sinkhorn(teacher)
   record = recorder(teacher, sites, call)
-  operators = {
-    name: [operator_of(held_at(model, site)) for site in sites]
-    for name, model in replaced.items()
-  }
+  operators = [
+    [operator_of(held_at(model, site)) for model in replaced.values()] for site in sites
+  ]
   sums: dict[str, dict[int, FidelitySums]] = {name: {} for name in replaced}
   for batch in batches:
     for index, (site, calls) in enumerate(zip(sites, record(batch), strict=True)):
       for activation in calls:
-        for name, of_sites in operators.items():
-          new = fidelity_sums(activation, of_sites[index], site.iterations)
+        found = fidelity_sums(activation, operators[index], site.iterations)
+        for name, new in zip(replaced, found, strict=True):
           old = sums[name].get(index)
           sums[name][index] = new if old is None else old + new
   return {

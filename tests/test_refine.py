@@ -36,7 +36,7 @@ def dual_map():
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_loss_is_the_kl_of_the_plans(masked):
   seen = activation(masked)
-  sums = fidelity_sums(seen, Operator("asap", dual_map=dual_map()), 5)
+  (sums,) = fidelity_sums(seen, [Operator("asap", dual_map=dual_map())], 5)
   found = mean_kl(dual_map(), sample_of(seen, 5))
   # The sums are of the plans themselves, entry by entry.
   np.testing.assert_allclose(found, sums.kl.sum() / sums.rows.sum(), rtol=1e-4)
