@@ -105,6 +105,7 @@ def run(
   if not kept:
     raise SystemExit("No model could be trained: see the reasons above.")
   mark = time.perf_counter()
+  print("Timing forward passes and training steps", flush=True)
   costs = cost_of(kept, data.test)
   rows = [
     {"method": name, **pooled(measured[name]), **costs[name], "length": config.length}

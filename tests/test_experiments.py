@@ -1,6 +1,7 @@
 """What experiments share, and the quickstart from end to end on a few steps."""
 
 import argparse
+import dataclasses
 import json
 
 import numpy as np
@@ -76,6 +77,9 @@ def test_quickstart_runs_from_end_to_end(tmp_path, monkeypatch):
     return type(data)(*parts, data.classes)
 
   monkeypatch.setattr(quickstart, "digits", few_digits)
+  monkeypatch.setattr(
+    quickstart, "MODEL", dataclasses.replace(quickstart.MODEL, layers=1)
+  )
   # Rows are measured apart from the report, whose other cuts take long to compile.
   monkeypatch.setattr(measure, "CUTS", (1,))
   out = tmp_path / "out"

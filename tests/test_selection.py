@@ -102,7 +102,8 @@ def test_cut_sinkhorn_is_chosen_where_it_is_faster(monkeypatch, tmp_path):
 
 def test_the_teacher_stays_where_nothing_is_close_enough():
   with pytest.warns(UserWarning, match="no operator reaches target_tv=0"):
-    result = compile(target_tv=0.0)
+    # Few candidates: all of them are fitted in vain.
+    result = compile(target_tv=0.0, features=("potentials",))
   (layer,) = result.report.layers
   assert layer.chosen == "teacher"
   assert layer.tv.max() < 1e-5
@@ -158,7 +159,10 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 @pytest.mark.parametrize(
   "options",
-  [{"hidden": 0}, {"closures": 3}, {"features": ("query",)}, {"distil_steps": 3}],
+  [
+    {"hidden": 0, "features": ("query",)},
+    {"closures": 3, "distil_steps": 3},
+  ],
   ids=str,
 )
 def test_every_option_gives_a_model_that_runs(options):
