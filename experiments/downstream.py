@@ -177,9 +177,15 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _shown(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Rows as they are printed."""
-  hidden = ("layers", "accuracies", "compile_seconds", "train_seconds", "best_step")
-  return [{n: v for n, v in row.items() if n not in hidden} for row in rows]
+  """Rows as they are printed: means over the seeds, and the spread of the accuracy."""
+  names = ("method", "shift", "accuracy", "recovered", "tv", "kl", "column_error")
+  shown = []
+  for row in rows:
+    cells = {name: row[name] for name in (*names, "milliseconds") if name in row}
+    if "accuracy_std" in row:
+      cells["accuracy"] = f"{row['accuracy']:.4f} ± {row['accuracy_std']:.4f}"
+    shown.append(cells)
+  return shown
 
 
 def _attention(text: str) -> str:

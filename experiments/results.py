@@ -80,13 +80,15 @@ def print_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
   table = Table(title=title)
   for name in names:
     table.add_column(
-      name, justify="left" if name == "method" else "right", no_wrap=True
+      name.replace("_", " "),
+      justify="left" if name == "method" else "right",
+      no_wrap=True,
     )
   for row in rows:
     table.add_row(*(_format(row.get(name)) for name in names))
-  # A pipe has no width of its own, and the default would cut columns off.
-  console = Console()
-  (console if console.is_terminal else Console(width=120)).print(table)
+  # As wide as it is: rather broken lines on a narrow terminal than figures cut off.
+  width = Console(width=10_000).measure(table).maximum
+  Console(width=width).print(table)
 
 
 def _format(value: Any) -> str:

@@ -14,15 +14,8 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.results import new_directory, print_rows, write_results
-from experiments.speed_methods import (
-  METHODS,
-  PEERS,
-  Candidate,
-  Problem,
-  Shape,
-  candidates,
-  make_problem,
-)
+from experiments.speed_methods import METHODS, PEERS, Candidate, candidates
+from experiments.speed_problem import Problem, Shape, make_problem
 from experiments.speed_report import displayed, draw
 from experiments.timing import FEWEST_REPEATS, time_interleaved
 

@@ -10,7 +10,7 @@ import pytest
 from asap_jax import measure
 from experiments import quickstart
 from experiments.data import batches_of, digits, shift_digits
-from experiments.results import new_directory, write_results
+from experiments.results import new_directory, print_rows, write_results
 
 
 def test_digits_are_split_by_seed_without_overlap():
@@ -62,6 +62,15 @@ def test_results_are_replaced_whole(tmp_path):
     path = write_results(tmp_path, "test", {"seed": 0}, rows, {"total": 1.0})
   assert json.loads(path.read_text())["rows"] == rows
   assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_printed_tables_lose_no_figure(capsys):
+  row = {f"a_quantity_{index}": index + 0.1234 for index in range(30)}
+  print_rows([{"method": "asap", **row}, {"method": "sinkhorn"}], "wide")
+  printed = capsys.readouterr().out
+  assert "…" not in printed
+  for value in row.values():
+    assert f"{value:.4f}" in printed
 
 
 def test_quickstart_refuses_unknown_attentions(tmp_path, capsys):

@@ -15,9 +15,10 @@ import pytest
 from flax import nnx
 
 import asap_jax
-from experiments import speed, speed_attentions, speed_methods, speed_report
+from experiments import speed, speed_attentions, speed_problem, speed_report
 from experiments.attentions import build_attention
-from experiments.speed_methods import METHODS, PEERS, Shape, candidates, make_problem
+from experiments.speed_methods import METHODS, PEERS, candidates
+from experiments.speed_problem import Shape, make_problem
 from experiments.timing import time_interleaved, times_of
 
 SHAPE = Shape(batch=2, heads=2, length=6, head_dim=4, dtype="float32")
@@ -190,7 +191,7 @@ def test_sinkhorn_yardsticks_against_float64(name):
   problem = problem_of()
   zeros = np.zeros(SHAPE.length)
   expected = attended(problem, lambda b, h, logits: oracles.closures(logits, zeros, 3))
-  function = jax.jit(getattr(speed_methods, name), static_argnames="iterations")
+  function = jax.jit(getattr(speed_attentions, name), static_argnames="iterations")
   actual = function(*problem.inputs, iterations=3)
   np.testing.assert_allclose(actual, expected, atol=1e-5)
 
@@ -217,7 +218,7 @@ def test_training_steps_against_finite_differences():
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_random_dual_maps_are_of_the_logits_size(hidden):
   problem = problem_of(SHAPE._replace(length=32, head_dim=8))
-  dual_map = speed_methods.random_dual_map(problem, 2, hidden)
+  dual_map = speed_problem.random_dual_map(problem, 2, hidden)
   assert (dual_map.network is not None) == bool(hidden)
   assert dual_map.features == asap_jax.features.KINDS
   (features,) = candidates(problem, ["features"])
