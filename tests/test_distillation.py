@@ -78,6 +78,7 @@ def test_a_loss_that_is_not_finite_is_reported():
   models.assert_same_state(result.model, start)
 
 
+@pytest.mark.slow
 def test_the_result_depends_on_the_seed_alone():
   run = functools.partial(
     distil, models.compiled().model, models.teacher(), models.batches(), 3
