@@ -146,8 +146,8 @@ class Report:
         table.add_row(first[0], str(head), *figures, first[1], *first[2:][:mixed])
       table.add_section()
     stream = io.StringIO()
-    # In a notebook rich would display the table instead of writing it.
-    console = Console(file=stream, width=100, force_jupyter=False)
+    # In a notebook rich would display the table instead of writing it, or colour it.
+    console = Console(file=stream, width=100, force_jupyter=False, force_terminal=False)
     console.print(table)
     for layer in self.layers:
       cut = layer.better_cut

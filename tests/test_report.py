@@ -47,6 +47,7 @@ def test_text_is_the_same_in_a_notebook(monkeypatch):
 
   text = str(report(layer(alternatives=ALTERNATIVES)))
   monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+  monkeypatch.setenv("FORCE_COLOR", "1")
   assert text == str(report(layer(alternatives=ALTERNATIVES)))
   assert "column error" in text
 
