@@ -62,13 +62,23 @@ def build(name: str, config: EncoderConfig, seed: int) -> Encoder:
   Raises:
     ValueError: as `build_attention`.
   """
-  own = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
+  return Encoder(config, build_functions(name, config, seed), nnx.Rngs(seed))
+
+
+def build_functions(
+  name: str, config: EncoderConfig, seed: int
+) -> list[Callable[..., jax.Array]]:
+  """A named attention for every block of an encoder, its own weights of `seed` alone.
+
+  Raises:
+    ValueError: as `build_attention`.
+  """
+  rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
   dim = config.width // config.heads
-  functions = [
-    build_attention(name, heads=config.heads, dim=dim, layer=layer, rngs=own)
+  return [
+    build_attention(name, heads=config.heads, dim=dim, layer=layer, rngs=rngs)
     for layer in range(1, config.layers + 1)
   ]
-  return Encoder(config, functions, nnx.Rngs(seed))
 
 
 def trainable(text: str) -> str:

@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flax import nnx
-
-from experiments.attentions import build_attention
+from experiments.attentions import trainable
 from experiments.checkpoints import write_whole
 from experiments.downstream_data import foreign_batches, load
 from experiments.downstream_eval import LEAST_GAIN, recovered
@@ -22,7 +20,7 @@ from experiments.downstream_presets import PRESETS, preset_of
 from experiments.downstream_rows import pooled
 from experiments.downstream_run import baseline_row, run_seed
 from experiments.report import draw_accuracy, draw_frontier
-from experiments.results import new_directory, print_rows, write_results
+from experiments.results import new_directory, print_rows, seeds_of, write_results
 from experiments.tasks import Task, load_task
 
 # Trained whatever is named: the teacher, and what it has to beat.
@@ -44,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--preset", choices=PRESETS, default="tiny")
   parser.add_argument(
     "--attention",
-    type=_attention,
+    type=trainable,
     nargs="+",
     default=[],
     help="peers to train from scratch as well",
   )
   parser.add_argument("--slices", type=_count, default=8)
-  parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="as 0,1,2")
+  parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="as 0,1,2")
   parser.add_argument("--resume", action="store_true", help="go on with a killed run")
   parser.add_argument("--steps", type=_count, help="of training")
   parser.add_argument(
@@ -186,22 +184,6 @@ def _shown(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
       cells["accuracy"] = f"{row['accuracy']:.4f} ± {row['accuracy_std']:.4f}"
     shown.append(cells)
   return shown
-
-
-def _attention(text: str) -> str:
-  """Type of an argument of argparse."""
-  try:
-    build_attention(text, heads=1, dim=2, layer=1, rngs=nnx.Rngs(0))
-  except ValueError as error:
-    raise argparse.ArgumentTypeError(str(error)) from None
-  return text
-
-
-def _seeds(text: str) -> list[int]:
-  try:
-    return [int(part) for part in text.split(",")]
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r}: expected seeds as 0,1,2") from None
 
 
 def _count(text: str) -> int:

@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any, Literal
 
-import jax
 from flax import nnx
 
-from experiments.attentions import build_attention
+from experiments.attentions import build_functions
 from experiments.downstream_models import TextEncoder, VisionTransformer
 from experiments.models import Classifier, EncoderConfig
 from experiments.prepare import Prepared
@@ -178,17 +177,7 @@ def build(name: str, preset: Preset, prepared: Prepared, seed: int) -> Classifie
     ValueError: if the attention is unknown, or the sizes do not fit.
   """
   config = encoder_config(preset, prepared)
-  own = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
-  functions = [
-    build_attention(
-      name,
-      heads=config.heads,
-      dim=config.width // config.heads,
-      layer=layer,
-      rngs=own,
-    )
-    for layer in range(1, config.layers + 1)
-  ]
+  functions = build_functions(name, config, seed)
   if prepared.kind == "text":
     return TextEncoder(config, functions, nnx.Rngs(seed))
   assert prepared.image_shape is not None

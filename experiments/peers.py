@@ -20,7 +20,7 @@ from experiments.data import Dataset, Split, batches_of, digits, shift_digits
 from experiments.models import EncoderConfig
 from experiments.peers_measure import cost_of, measure, pooled
 from experiments.peers_report import displayed, draw
-from experiments.results import new_directory, print_rows, write_results
+from experiments.results import new_directory, print_rows, seeds_of, write_results
 from experiments.train import TrainConfig, train_classifier
 
 MODEL = EncoderConfig(length=64, token_size=1, classes=10)
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     default=ATTENTIONS,
     help=f"{', '.join(ATTENTIONS)}, sinkhorn@k",
   )
-  parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="as 0,1,2")
+  parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="as 0,1,2")
   parser.add_argument("--steps", type=int, default=600, help="training steps")
   parser.add_argument("--layers", type=int, default=MODEL.layers)
   args = parser.parse_args(arguments)
@@ -66,10 +66,6 @@ def main(arguments: list[str] | None = None) -> None:
 def _name(text: str) -> str:
   """Type of an argument of argparse."""
   return text if text in DERIVED else trainable(text)
-
-
-def _seeds(text: str) -> list[int]:
-  return [int(part) for part in text.split(",")]
 
 
 def run(

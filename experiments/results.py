@@ -27,6 +27,18 @@ def new_directory(name: str) -> pathlib.Path:
   return path
 
 
+def seeds_of(text: str) -> list[int]:
+  """Type of an argument of argparse: seeds, as `0,1,2`.
+
+  Raises:
+    argparse.ArgumentTypeError: if they are no numbers.
+  """
+  try:
+    return [int(part) for part in text.split(",")]
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r}: expected seeds as 0,1,2") from None
+
+
 def environment() -> dict[str, Any]:
   """What the figures were measured with."""
   device = jax.devices()[0]
