@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from asap_jax.features import FEATURES, feature_count, features_of
 from asap_jax.network import Leaf, Network, apply_network
-from asap_jax.weights import Weights
+from asap_jax.weights import Weights, centre
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +51,7 @@ def predict_dual(
   key_weights: Weights = None,
   *,
   products: Float[Array, "*batch heads n m"] | None = None,
+  centred: bool = True,
 ) -> Float[Array, "*batch heads n"]:
   """f_hat, the predicted query-side dual, centred over the valid queries.
 
@@ -63,10 +64,12 @@ def predict_dual(
     query_weights: `None`, mask or masses, `[..., heads or 1, n]`.
     key_weights: likewise, `[..., heads or 1, m]`.
     products: query key^T where it is at hand, finite at absent points too: the
-      cumulants cost one pass over it then instead of a covariance.
+      cumulants of a linear map cost one pass over it then instead of a covariance.
+    centred: otherwise f_hat is off by a constant of each sequence and head, which a
+      closure takes back, and anything at absent queries.
 
   Returns:
-    `[..., heads, n]`, float32 or better, zero at absent queries.
+    `[..., heads, n]`, float32 or better; zero at absent queries, if centred.
 
   Raises:
     ValueError: if the weights of `dual_map` do not have one column per feature, or as
@@ -85,9 +88,13 @@ def predict_dual(
     dual_map.features,
     query_weights,
     key_weights,
-    products,
+    # XLA fuses a linear map with the closure on a CPU; a network would have the
+    # products kept in memory.
+    products if dual_map.network is None else None,
   )
-  f = features.times(dual_map.weights[..., None])[..., 0, :]
+  f = features.times(dual_map.weights[..., None])[..., 0]
+  if centred:
+    f = centre(f, query_weights)
   if dual_map.network is None:
     return f
   return f + apply_network(dual_map.network, features, query, key, key_weights)

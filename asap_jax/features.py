@@ -14,6 +14,8 @@ up to a constant. Kinds, in this order:
 Queries here already carry the scale of the logits: S = query key^T.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -72,54 +74,42 @@ def dual_features(
 
 
 class Features(NamedTuple):
-  """Features of a sequence in the layouts that cost no transposition.
+  """Features of a sequence in parts, before they are centred.
+
+  Neither joining them nor centring costs a pass over all of them that way, and what XLA
+  can fuse with the attention stays apart.
 
   Attributes:
-    rows: all but the query, `[..., heads, rows, n]`.
-    query: `[..., heads, n, dim]`, or `None` if it is no feature.
-    first: how many of the rows come before the query.
+    parts: `[..., heads, n, columns]` each, zero at absent queries.
     weights: of the queries.
   """
 
-  rows: Array
-  query: Array | None
-  first: int
+  parts: tuple[Array, ...]
   weights: Weights
 
   @property
   def columns(self) -> Float[Array, "*batch heads n features"]:
-    """All features side by side."""
-    rows = jnp.swapaxes(self.rows, -1, -2)
-    if self.query is None:
-      return rows
-    before, after = rows[..., : self.first], rows[..., self.first :]
-    return jnp.concatenate([before, self.query, after], axis=-1)
+    """All features side by side, centred."""
+    return jnp.concatenate(
+      [centre(part, self.weights, axis=-2) for part in self.parts], axis=-1
+    )
 
   def times(
     self, kernel: Float[Array, "*#batch heads features width"]
-  ) -> Float[Array, "*batch heads width n"]:
-    """The columns times a kernel, with the queries last."""
-    if self.query is None:
-      return times(kernel, self.rows)
-    last = self.first + self.query.shape[-1]
-    of_rows = jnp.concatenate(
-      [kernel[..., : self.first, :], kernel[..., last:, :]], axis=-2
-    )
-    of_query = kernel[..., self.first : last, :]
-    product = times(of_query, jnp.swapaxes(self.query, -1, -2))
-    return product + times(of_rows, self.rows) if self.rows.shape[-2] else product
+  ) -> Float[Array, "*batch heads n width"]:
+    """The features times a kernel, not centred; anything at absent queries."""
+    products, first = [], 0
+    for part in self.parts:
+      last = first + part.shape[-1]
+      products.append(times(part, kernel[..., first:last, :]))
+      first = last
+    return functools.reduce(operator.add, products)
 
   def variances(self) -> Float[Array, "*batch heads features"]:
     """Of each feature over the valid queries."""
-    mass = masses(self.weights, self.rows.shape[-1])
-    rows = einsum("...pn,...pn->...p", self.rows * mass[..., None, :], self.rows)
-    if self.query is None:
-      return rows
-    query = self.query
-    query = einsum("...nd,...nd->...d", query * mass[..., None], query)
-    return jnp.concatenate(
-      [rows[..., : self.first], query, rows[..., self.first :]], axis=-1
-    )
+    squares = [centre(part, self.weights, axis=-2) ** 2 for part in self.parts]
+    found = [mean(square, self.weights, axis=-2) for square in squares]
+    return jnp.concatenate(found, axis=-1)[..., 0, :]
 
 
 def features_of(
@@ -138,23 +128,20 @@ def features_of(
   dtype = jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
   query = zero_invalid(query.astype(dtype), query_weights, axis=-2)
   key = zero_invalid(key.astype(dtype), key_weights, axis=-2)
-  rows = [jnp.zeros((*query.shape[:-2], 0, query.shape[-2]), dtype)]
+  parts: dict[str, list[Array]] = {"query": [query]}
   if "potentials" in features or "transport" in features:
     sliced, projected = sliced_potentials(
       query, key, normalise(directions.astype(dtype)), query_weights, key_weights
     )
-  if "potentials" in features:
-    rows.append(sliced.phi)
+    phi, moved, x = (
+      jnp.swapaxes(a, -1, -2) for a in (sliced.phi, sliced.transport, projected)
+    )
+    parts |= {"potentials": [phi], "transport": [moved, moved * x]}
   if "cumulants" in features:
-    rows.append(_cumulants(query, key, key_weights, products))
-  if "transport" in features:
-    rows.extend([sliced.transport, sliced.transport * projected])
-  by_row = None if query_weights is None else query_weights[..., None, :]
+    both = _cumulants(query, key, key_weights, products)
+    parts["cumulants"] = [zero_invalid(a, query_weights, axis=-2) for a in both]
   return Features(
-    centre(jnp.concatenate(rows, axis=-2), by_row),
-    centre(query, query_weights, axis=-2) if "query" in features else None,
-    directions.shape[-2] if "potentials" in features else 0,
-    query_weights,
+    tuple(part for kind in features for part in parts[kind]), query_weights
   )
 
 
@@ -163,37 +150,39 @@ def einsum(subscripts: str, *operands: Array) -> Array:
   return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
-def times(kernel: Array, inputs: Array) -> Array:
-  """kernel^T inputs, `[..., width, n]`, of inputs `[..., inputs, n]`."""
+def times(inputs: Array, kernel: Array) -> Array:
+  """inputs kernel, `[..., n, width]`, of inputs `[..., n, inputs]`."""
+  if kernel.shape[-2] == 1:  # no product of matrices: XLA fuses it with anything
+    return inputs * kernel
   # A kernel for all of the batch: with one for a head, XLA would transpose the inputs.
   kernel = jnp.broadcast_to(kernel, (*inputs.shape[:-2], *kernel.shape[-2:]))
-  return einsum("...pw,...pn->...wn", kernel, inputs)
+  return einsum("...np,...pw->...nw", inputs, kernel)
 
 
 def _cumulants(
   query: Array, key: Array, key_weights: Weights, products: Array | None
-) -> Array:
-  """Both cumulants, `[..., 2, n]`."""
+) -> list[Array]:
+  """Both cumulants, `[..., n, 1]` each."""
   size, dim = key.shape[-2:]
-  mass = masses(key_weights, size)
+  by_key = None if key_weights is None else key_weights[..., None, :]
   if products is not None:
-    first = einsum("...nm,...m->...n", products, mass)
-    deviation = products - first[..., None]
-    return jnp.stack([first, _inner(deviation, deviation, mass)], axis=-2)
-  average = mean(key, key_weights, axis=-2)[..., 0, :]
-  first = einsum("...nd,...d->...n", query, average)
+    first = mean(products, by_key)
+    return [first, mean((products - first) ** 2, by_key)]
+  average = mean(key, key_weights, axis=-2)
+  first = einsum("...nd,...md->...nm", query, average)
   centred = centre(key, key_weights, axis=-2)
+  mass = masses(key_weights, size)
   if size > 2 * dim:  # fewer products, in one pass more
     weighted = centred * mass[..., None]
     covariance = einsum("...md,...me->...de", weighted, centred)
     moved = einsum("...nd,...de->...ne", query, covariance)
     second = _inner(moved, query, jnp.ones(dim, query.dtype))
-    return jnp.stack([first, second], axis=-2)
+    return [first, second[..., None]]
   # Roots of the masses at the keys: nothing stands between the product and its squares,
   # and XLA keeps it in registers on a CPU.
   scaled = centred * jnp.sqrt(mass)[..., None]
   deviation = einsum("...nd,...md->...nm", query, scaled)
-  return jnp.stack([first, jnp.sum(deviation * deviation, axis=-1)], axis=-2)
+  return [first, jnp.sum(deviation * deviation, axis=-1, keepdims=True)]
 
 
 def _inner(a: Array, b: Array, mass: Array) -> Array:

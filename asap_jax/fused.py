@@ -1,8 +1,9 @@
-"""Doubly stochastic attention from a query-side dual, in the scaling domain.
+"""Doubly stochastic attention from a query-side dual, without forming the plan.
 
-On a CPU the batch is worked off in blocks whose kernels stay in the cache: that takes
-less than half the time of one large kernel, most of which is memory. On other devices
-all of it is one block.
+On a CPU memory takes most of the time of one large kernel, so that none is formed. Few
+closures of short sequences are one expression in the log domain (`asap_jax.at_once`).
+The batch of longer ones is worked off in blocks whose kernels stay in the cache, in the
+scaling domain (`asap_jax.scaling`). On other devices all of it is one block.
 """
 
 import math
@@ -12,11 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from asap_jax.at_once import closed_values
+from asap_jax.c_transform import check_closures
 from asap_jax.scaling import scaled_plan
 from asap_jax.weights import Weights
 
 # Pairs of tokens in a block on a CPU: 4 MiB of float32.
 _BLOCK = 2**20
+# And of a head, and closures, up to which XLA makes one loop over the heads.
+_SHORT = 2**16
+_FEW = 3
 
 
 def scaled_attention(
@@ -43,7 +49,8 @@ def scaled_attention(
     value: `[..., m, features]`.
     f: query-side dual to start at, `[..., n]`; or what predicts it from query, key,
       their weights and, where they are at hand, `products`: `asap_jax.predict_dual`,
-      bound to its dual map. The last axis of the batch is that of the heads then.
+      bound to its dual map. The last axis of the batch is that of the heads then, and
+      f may be off by a constant of each head.
     count: closures, at least one.
     query_weights: `None`, mask or masses, broadcast to `[..., n]`.
     key_weights: likewise, to `[..., m]`; values of absent keys may hold anything.
@@ -61,14 +68,22 @@ def scaled_attention(
   predict = f if callable(f) else None
   batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
 
+  def products_of(query, key):
+    return jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
+
+  def logits_of(products):
+    return products if bias is None else products + bias
+
+  def at_once(query, key, value, query_weights, key_weights, relaxation, f):
+    weights = query_weights, key_weights
+    products = products_of(query, key)
+    if f is None and predict is not None:
+      f = predict(query, key, *weights, products=products)
+    logits = logits_of(products)
+    return closed_values(logits, f, value, count, relaxation, *weights, precision)
+
   def attend(query, key, value, query_weights, key_weights, relaxation, f):
     weights = query_weights, key_weights
-
-    def products_of(query, key):
-      return jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
-
-    def logits_of(products):
-      return products if bias is None else products + bias
 
     def again(after):
       queries, keys, _ = jax.lax.optimization_barrier(
@@ -100,6 +115,9 @@ def scaled_attention(
 
   start = None if predict else f
   arguments = query, key, value, query_weights, key_weights, relaxation, start
+  check_closures(count, relaxation)
+  if count <= _FEW and pairs <= _SHORT:
+    return jax.lax.platform_dependent(*arguments, cpu=at_once, default=attend)
   if bias is not None or math.prod(batch) * pairs <= _BLOCK:
     return attend(*arguments)
   return jax.lax.platform_dependent(*arguments, cpu=by_blocks, default=attend)

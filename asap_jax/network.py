@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.features import Features, einsum, times
-from asap_jax.weights import Weights, centre, masses, zero_invalid
+from asap_jax.weights import Weights, centre, mean, zero_invalid
 
 # Keeps the gradient of the deviation of a feature that does not vary finite.
 _VARIANCE_FLOOR = 1e-12
@@ -130,11 +130,10 @@ def apply_network(
   context = context_of(network, features, query, key, key_weights)
   context = context - jax.lax.stop_gradient(network.context_shift)
   offset = einsum("...hc,hcw->...hw", context, network.context_kernel)
-  offset = offset + network.hidden_bias
-  hidden = jax.nn.relu(features.times(network.feature_kernel) + offset[..., None])
-  output = jnp.broadcast_to(network.output, hidden.shape[:-1])
-  added = einsum("...wn,...w->...n", hidden, output)
-  return centre(added, features.weights)
+  offset = (offset + network.hidden_bias)[..., None, :]
+  products = centre(features.times(network.feature_kernel), features.weights, axis=-2)
+  hidden = jax.nn.relu(products + offset)
+  return centre(times(hidden, network.output[..., None])[..., 0], features.weights)
 
 
 def _encoding(
@@ -142,7 +141,6 @@ def _encoding(
 ) -> Float[Array, "*batch heads encoding"]:
   """Mean of relu(kernel^T token + bias) over the valid tokens."""
   # Padding may hold anything: none of it may reach a gradient.
-  tokens = jnp.swapaxes(zero_invalid(tokens, weights, axis=-2), -1, -2)
-  units = jax.nn.relu(times(kernel, tokens) + bias[..., None])
-  mass = masses(weights, tokens.shape[-1])
-  return einsum("...wn,...n->...w", units, mass)
+  tokens = zero_invalid(tokens, weights, axis=-2)
+  units = jax.nn.relu(times(tokens, kernel) + bias[..., None, :])
+  return mean(units, weights, axis=-2)[..., 0, :]

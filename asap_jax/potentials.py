@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from asap_jax.sorting import ascending, first_of_equals, inverse, search
+from asap_jax.sorting import ascending, first_of_equals, inverse, search, take
 from asap_jax.weights import Weights, check_weights, masses, valid, zero_invalid
 
 # Masses closer than this (of a total of one) are one jump: float32 sums err by less.
@@ -40,12 +40,13 @@ class Potentials(NamedTuple):
   transport: Float[Array, "... n"]
 
 
+# From here on points stand along the first axis (`asap_jax.sorting`).
 class _Sorted(NamedTuple):
-  values: Float[Array, "... n"]  # ascending, absent points last and zero
-  rank: Int[Array, "... n"]  # of each point, in the order of the input
+  values: Float[Array, "n *batch"]  # ascending, absent points last and zero
+  rank: Int[Array, "n *batch"]  # of each point, in the order of the input
   # Valid points; also a method of tuples.
-  count: Int[Array, "..."] | int  # type: ignore[assignment]
-  mass: Float[Array, "... n"] | None  # cumulative, if the weights are float
+  count: Int[Array, "*batch"] | int  # type: ignore[assignment]
+  mass: Float[Array, "n *batch"] | None  # cumulative, if the weights are float
 
 
 def kantorovich_potentials(
@@ -92,13 +93,12 @@ def kantorovich_potentials(
 
   phi = _integrate(xs, _quantile(ys, xs, n, halfway=False))
   psi = _integrate(ys, _quantile(xs, ys, m, halfway=False))
-  psi = psi - (xs.values[..., :1] * ys.values[..., :1])
+  psi = psi - xs.values[:1] * ys.values[:1]
   transport = _quantile(ys, xs, n, halfway=True)
 
   phi, psi, transport = (
-    _take(phi, xs.rank),
-    _take(psi, ys.rank),
-    _take(transport, xs.rank),
+    jnp.moveaxis(take(values, sorted_.rank), 0, -1)
+    for values, sorted_ in ((phi, xs), (psi, ys), (transport, xs))
   )
   if cost == "squared":
     # Absent points may hold anything: zeroed before the square, for the gradient.
@@ -149,12 +149,12 @@ def sliced_potentials(
     # Default precision on a GPU is TF32: too coarse for values to be sorted. With
     # directions for all of the batch, no array is transposed.
     jnp.einsum(
-      "...ld,...nd->...ln",
-      jnp.broadcast_to(directions, (*points.shape[:-2], *directions.shape[-2:])),
+      "...nd,...ld->...nl",
       points,
+      jnp.broadcast_to(directions, (*points.shape[:-2], *directions.shape[-2:])),
       precision=jax.lax.Precision.HIGHEST,
       preferred_element_type=jnp.promote_types(points.dtype, jnp.float32),
-    )
+    ).swapaxes(-1, -2)
     for points in (query, key)
   )
   by_slice = [w if w is None else w[..., None, :] for w in (query_weights, key_weights)]
@@ -167,43 +167,51 @@ def _sort(
   exact = all(w is None or w.dtype == jnp.bool_ for w in (x_weights, y_weights))
   x, y = _infinite(x, x_weights), _infinite(y, y_weights)
   if x.shape == y.shape:  # both sides in one sort
-    of_x, of_y = zip(*ascending(jnp.stack([x, y])), strict=True)
+    values, order = ascending(jnp.stack([x, y], axis=1))
+    of_x, of_y = (values[:, 0], order[:, 0]), (values[:, 1], order[:, 1])
   else:
     of_x, of_y = ascending(x), ascending(y)
   return _describe(*of_x, x_weights, exact), _describe(*of_y, y_weights, exact)
 
 
 def _infinite(x: Array, weights: Weights) -> Array:
-  """Absent points at infinity: last of all."""
+  """The points in front; absent ones at infinity: last of all."""
   mask = valid(weights)
-  return x if mask is None else jnp.where(mask, x, jnp.inf)
+  return jnp.moveaxis(x if mask is None else jnp.where(mask, x, jnp.inf), -1, 0)
 
 
 def _describe(values: Array, order: Array, weights: Weights, exact: bool) -> _Sorted:
-  n = values.shape[-1]
+  n = values.shape[0]
   # Equal points share the first of their places: their potentials are equal, too.
   places = first_of_equals(jnp.where(jnp.isfinite(values), values, jnp.nan))
   rank = inverse(order, places)
   mask = valid(weights)
   count: Array | int = n
   if mask is not None:
-    count = jnp.broadcast_to(mask, values.shape).sum(-1, keepdims=True)
-    values = jnp.where(jnp.arange(n) < count, values, 0.0)
+    count = jnp.broadcast_to(mask.sum(-1), values.shape[1:])
+    values = jnp.where(_places(values) < count, values, 0.0)
   if exact:
     return _Sorted(values, rank, count, None)
-  mass = _take(jnp.broadcast_to(masses(weights, n), values.shape), order)
-  return _Sorted(values, rank, count, jnp.cumsum(mass, axis=-1))
+  mass = masses(weights, n)
+  mass = jnp.broadcast_to(mass, (*values.shape[1:], n))
+  return _Sorted(
+    values, rank, count, jnp.cumsum(take(jnp.moveaxis(mass, -1, 0), order), axis=0)
+  )
+
+
+def _places(values: Array) -> Array:
+  return jnp.arange(values.shape[0]).reshape(-1, *(1,) * (values.ndim - 1))
 
 
 def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
-  """Q_y after each of the n points of x, or half-way through its mass: `[..., n]`."""
+  """Q_y after each of the n points of x, or half-way through its mass: `[n, ...]`."""
   whole = isinstance(xs.count, int) and isinstance(ys.count, int) and ys.mass is None
   if whole and xs.count == ys.count:
     # Sorted points match one to one: no gather, which is slow on every device.
-    above = jnp.concatenate([ys.values[..., 1:], ys.values[..., -1:]], axis=-1)
+    above = jnp.concatenate([ys.values[1:], ys.values[-1:]])
     return ys.values if halfway else (ys.values + above) / 2
   if ys.mass is None:  # equal masses: compare i / n with j / m in whole numbers
-    rank = jnp.arange(n, dtype=jnp.uint32)
+    rank = _places(xs.values).astype(jnp.uint32)
     count_x, count_y = (jnp.asarray(s.count, jnp.uint32) for s in (xs, ys))
     count_x = jnp.maximum(count_x, 1)
     # Past the last point, anything finite will do; it also keeps clear of overflow.
@@ -216,29 +224,27 @@ def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
     assert xs.mass is not None  # both sides have one or neither
     level = xs.mass
     if halfway:
-      level = level - jnp.diff(level, axis=-1, prepend=0.0) / 2
+      level = level - jnp.diff(level, axis=0, prepend=0.0) / 2
     below = search(ys.mass, level - _MASS_TOLERANCE)
     above = search(ys.mass, level + _MASS_TOLERANCE)
-  last = jnp.maximum(jnp.asarray(ys.count), 1) - 1
+  shape = n, *ys.values.shape[1:]
+  last = (jnp.maximum(jnp.asarray(ys.count), 1) - 1).astype(jnp.int32)
   below, above = (
-    jnp.minimum(index.astype(jnp.int32), last.astype(jnp.int32))
+    jnp.broadcast_to(jnp.minimum(index.astype(jnp.int32), last), shape)
     for index in (below, above)
   )
-  shape = (*ys.values.shape[:-1], n)
-  below, above = jnp.broadcast_to(below, shape), jnp.broadcast_to(above, shape)
-  lower = _take(ys.values, below)
-  upper = _take(ys.values, above)
-  return (lower + upper) / 2
+  return (take(ys.values, below) + take(ys.values, above)) / 2
 
 
 def _integrate(xs: _Sorted, slope: Array) -> Array:
   """-sum of slope dx from the smallest point on, constant past the last valid one."""
-  steps = slope[..., :-1] * jnp.diff(xs.values, axis=-1)
-  inside = jnp.arange(1, xs.values.shape[-1]) < xs.count
-  falls = jnp.cumsum(jnp.where(inside, steps, 0.0), axis=-1)
-  return jnp.concatenate([jnp.zeros_like(slope[..., :1]), -falls], axis=-1)
-
-
-def _take(values: Array, index: Array) -> Array:
-  """Of each row the numbers at these places."""
-  return jnp.take_along_axis(values, index, axis=-1, mode="promise_in_bounds")
+  steps = slope[:-1] * jnp.diff(xs.values, axis=0)
+  if not isinstance(xs.count, int):
+    steps = jnp.where(_places(steps) + 1 < xs.count, steps, 0.0)
+  falls = jax.lax.platform_dependent(
+    # XLA's own transposes the points on a CPU.
+    steps,
+    cpu=lambda steps: jax.lax.associative_scan(jnp.add, steps),
+    default=lambda steps: jnp.cumsum(steps, axis=0),
+  )
+  return jnp.concatenate([jnp.zeros_like(slope[:1]), -falls])

@@ -1,11 +1,13 @@
-"""Sorting many short rows of floats: in which order their points come.
+"""Sorting many short sequences of floats: in which order their points come.
+
+Points stand along the first axis here, and the sequences side by side: what is done to
+all of them is then one vector instruction a number on a CPU.
 
 Carrying an index along costs XLA's sort on a CPU ten times the sort. Points are rounded
 to integers that hold their index in the low bits, therefore, and those sorted alone;
 what the rounding left in the wrong order is mended by exchanges of neighbours. On a CPU
-a bitonic network (Batcher, 1968, "Sorting networks and their applications") is several
-times faster than XLA's sort: each of its stages is a minimum and a maximum over all
-rows at once.
+a bitonic network (Batcher, 1968, "Sorting networks and their applications") is many
+times faster than XLA's sort: its stages are minima and maxima of all sequences at once.
 """
 
 import functools
@@ -17,33 +19,35 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 # A network of more points takes longer to compile than it saves, as do fewer numbers
-# in all, and with fewer rows than lanes in a vector register it is not fast.
+# in all, and with fewer sequences than lanes in a vector register it is not fast.
 _MOST_POINTS = 4096
 _LEAST_NUMBERS = 2**14
 _LEAST_ROWS = 16
+# Stages of the network in one loop: of more, XLA computes too much time and again.
+_STAGES = 2
 
 
-def order_of(x: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
-  """The places of each row's points in ascending order; equal points by place.
+def order_of(x: Float[Array, "n *batch"]) -> Int[Array, "n *batch"]:
+  """The places of each sequence's points in ascending order; equal points by place.
 
-  What `jnp.argsort` gives, several times faster on a CPU. Works under jit and vmap; the
-  gradient is zero. Rows that hold NaN come in any order.
+  What `jnp.argsort(x, axis=0)` gives, many times faster on a CPU. Works under jit and
+  vmap; the gradient is zero. Sequences that hold NaN come in any order.
   """
   return ascending(jax.lax.stop_gradient(x))[1]
 
 
 @jax.custom_jvp
 def ascending(
-  x: Float[Array, "*batch n"],
-) -> tuple[Float[Array, "*batch n"], Int[Array, "*batch n"]]:
-  """Each row's points in ascending order, and their places as of `order_of`.
+  x: Float[Array, "n *batch"],
+) -> tuple[Float[Array, "n *batch"], Int[Array, "n *batch"]]:
+  """Each sequence's points in ascending order, and their places as of `order_of`.
 
   Works under jit, vmap and grad.
   """
-  n = x.shape[-1]
+  n = x.shape[0]
   if n > _MOST_POINTS:  # few bits would be left to tell points apart
-    order = jnp.argsort(x, axis=-1).astype(jnp.int32)
-    return _take(x, order), order
+    order = jnp.argsort(x, axis=0).astype(jnp.int32)
+    return take(x, order), order
   order = (_sort(_packed(x)) & ((1 << _index_bits(n)) - 1)).astype(jnp.int32)
   return _mend(x, order)
 
@@ -52,39 +56,47 @@ def ascending(
 def _ascending_jvp(primals, tangents):
   values, order = ascending(*primals)
   still = np.zeros(order.shape, jax.dtypes.float0)
-  return (values, order), (_take(tangents[0], order), still)
+  return (values, order), (take(tangents[0], order), still)
+
+
+def take(
+  values: Shaped[Array, "n *batch"], places: Int[Array, "k *batch"]
+) -> Shaped[Array, "k *batch"]:
+  """Of each sequence what stands at these places."""
+  return jnp.take_along_axis(values, places, axis=0, mode="promise_in_bounds")
 
 
 def inverse(
-  order: Int[Array, "*batch n"], places: Int[Array, "*batch n"] | None = None
-) -> Int[Array, "*batch n"]:
-  """The inverse of each row's permutation: where each point went.
+  order: Int[Array, "n *batch"], places: Int[Array, "n *batch"] | None = None
+) -> Int[Array, "n *batch"]:
+  """The inverse of each sequence's permutation: where each point went.
 
   Or, given `places`, what stands there in them: places[inverse(order)].
   """
-  *batch, n = order.shape
-  rows = order.reshape(-1, n)
-  flat = (rows + n * jnp.arange(rows.shape[0], dtype=order.dtype)[:, None]).reshape(-1)
+  n = order.shape[0]
+  columns = order.reshape(n, -1)
   if places is None:
-    places = jnp.broadcast_to(jnp.arange(n, dtype=order.dtype), rows.shape)
+    places = jnp.arange(n, dtype=order.dtype).reshape(n, *(1,) * (order.ndim - 1))
+  places = jnp.broadcast_to(places, order.shape).astype(order.dtype)
+  width = columns.shape[1]
+  flat = (columns * width + jnp.arange(width, dtype=order.dtype)).reshape(-1)
   found = jnp.zeros_like(flat).at[flat]
   return found.set(
-    places.reshape(-1).astype(order.dtype),
-    unique_indices=True,
-    mode="promise_in_bounds",
-  ).reshape(*batch, n)
+    places.reshape(-1), unique_indices=True, mode="promise_in_bounds"
+  ).reshape(order.shape)
 
 
-def first_of_equals(ordered: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
-  """For each place of an ascending row, the first place that holds the same number."""
+def first_of_equals(ordered: Float[Array, "n *batch"]) -> Int[Array, "n *batch"]:
+  """For each place of an ascending sequence, the first that holds the same number."""
   ordered = jax.lax.stop_gradient(ordered)
-  tied = ordered[..., 1:] == ordered[..., :-1]
-  tied = jnp.pad(tied, [(0, 0)] * (tied.ndim - 1) + [(1, 0)])
-  place = jnp.broadcast_to(jnp.arange(ordered.shape[-1]), ordered.shape)
+  tied = ordered[1:] == ordered[:-1]
+  tied = jnp.pad(tied, [(1, 0)] + [(0, 0)] * (tied.ndim - 1))
+  place = jnp.arange(ordered.shape[0]).reshape(-1, *(1,) * (ordered.ndim - 1))
+  place = jnp.broadcast_to(place, ordered.shape)
 
   def step(carry):
     place, _ = carry
-    before = jnp.where(tied, jnp.roll(place, 1, axis=-1), place)
+    before = jnp.where(tied, jnp.roll(place, 1, axis=0), place)
     return before, (before != place).any()
 
   # As many turns as the longest run: none, as a rule, where a scan would cost the sort.
@@ -97,106 +109,111 @@ def _index_bits(n: int) -> int:
 
 def _packed(x: Array) -> Array:
   """Integers in the order of `x` up to rounding, with the index in the low bits."""
-  n, bits = x.shape[-1], 8 * x.dtype.itemsize
+  n, bits = x.shape[0], 8 * x.dtype.itemsize
   finite = jnp.isfinite(x)
-  least = jnp.min(x, axis=-1, keepdims=True, where=finite, initial=jnp.inf)
-  largest = jnp.max(x, axis=-1, keepdims=True, where=finite, initial=-jnp.inf)
+  least = jnp.min(x, axis=0, where=finite, initial=jnp.inf)
+  largest = jnp.max(x, axis=0, where=finite, initial=-jnp.inf)
   spread = largest - least
   # One bit for the sign, one for what rounding adds.
   levels = 2.0 ** (bits - 2 - _index_bits(n))
   level = (x - least) * (levels / jnp.where(spread > 0, spread, 1.0))
   level = jnp.where(finite, jnp.clip(level, 0.0, levels), jnp.where(x > 0, levels, 0.0))
-  keys = level.astype(jnp.dtype(f"int{bits}"))
-  return (keys << _index_bits(n)) | jnp.arange(n, dtype=keys.dtype)
+  keys = level.astype(jnp.dtype(f"int{bits}")) << _index_bits(n)
+  return keys | jnp.arange(n, dtype=keys.dtype).reshape(n, *(1,) * (x.ndim - 1))
 
 
 def _sort(keys: Array) -> Array:
-  rows, n = math.prod(keys.shape[:-1]), keys.shape[-1]
-  sort = functools.partial(jax.lax.sort, is_stable=False)
-  if rows >= _LEAST_ROWS and rows * n >= _LEAST_NUMBERS:
+  n, sequences = keys.shape[0], math.prod(keys.shape[1:])
+  sort = functools.partial(jax.lax.sort, dimension=0, is_stable=False)
+  if sequences >= _LEAST_ROWS and sequences * n >= _LEAST_NUMBERS:
     return jax.lax.platform_dependent(keys, cpu=bitonic_sort, default=sort)
   return sort(keys)
 
 
 def _mend(x: Array, order: Array) -> tuple[Array, Array]:
-  """Exchanges neighbours until all rows ascend: seldom more than a turn or two."""
-  even = jnp.arange(x.shape[-1]) % 2 == 0
+  """Exchanges neighbours until all sequences ascend: seldom more than a turn or two."""
+  even = (jnp.arange(x.shape[0]) % 2 == 0).reshape(-1, *(1,) * (x.ndim - 1))
 
   def exchange(carry, first):
     values, _ = carry
-    greater = values[..., :-1] > values[..., 1:]
-    last = [(0, 0)] * (values.ndim - 1)
-    ahead = jnp.pad(greater, [*last, (0, 1)]) & first
-    behind = jnp.roll(ahead, 1, axis=-1)
+    greater = values[:-1] > values[1:]
+    ahead = jnp.pad(greater, [(0, 1)] + [(0, 0)] * (x.ndim - 1)) & first
+    behind = jnp.roll(ahead, 1, axis=0)
     return tuple(
-      jnp.where(ahead, jnp.roll(of, -1, -1), jnp.where(behind, jnp.roll(of, 1, -1), of))
+      jnp.where(ahead, jnp.roll(of, -1, 0), jnp.where(behind, jnp.roll(of, 1, 0), of))
       for of in carry
     )
 
   def turn(carry):
     return exchange(exchange(carry, even), ~even)
 
-  return jax.lax.while_loop(_descends, turn, (_take(x, order), order))
-
-
-def _take(values: Array, index: Array) -> Array:
-  return jnp.take_along_axis(values, index, axis=-1, mode="promise_in_bounds")
+  return jax.lax.while_loop(_descends, turn, (take(x, order), order))
 
 
 def _descends(carry: tuple[Array, Array]) -> Bool[Array, ""]:
   values, _ = carry
-  return (values[..., 1:] < values[..., :-1]).any()
+  return (values[1:] < values[:-1]).any()
 
 
 @jax.jit
-def bitonic_sort(keys: Int[Array, "*batch n"]) -> Int[Array, "*batch n"]:
-  """Integers sorted along the last axis, by a network with the rows side by side."""
-  *batch, n = keys.shape
-  keys = keys.reshape(-1, n).T
-  size = 1 << max(n - 1, 0).bit_length()
-  largest = jnp.iinfo(keys.dtype).max
-  keys = jnp.pad(keys, ((0, size - n), (0, 0)), constant_values=largest)
-  run = 2
-  while run <= size:  # merges sorted runs of half the length
-    # The second run of a pair read backwards: the first half holds the smaller ones.
-    keys = _exchange(keys, run, mirrored=True)
-    apart = run // 4
-    while apart:
-      keys = _exchange(keys, 2 * apart, mirrored=False)
-      apart //= 2
-    run *= 2
-  return keys[:n].T.reshape(*batch, n)
+def bitonic_sort(keys: Int[Array, "n *batch"]) -> Int[Array, "n *batch"]:
+  """Integers sorted along the first axis, by a network."""
+  n, *batch = keys.shape
+  bits = _index_bits(n)
+  keys = jnp.pad(
+    keys.reshape(n, -1),
+    ((0, (1 << bits) - n), (0, 0)),
+    constant_values=jnp.iinfo(keys.dtype).max,
+  )
+  for merge in range(1, bits + 1):  # of sorted runs, two and two
+    left, mirrored = merge, True
+    while left:
+      count = min(left, _STAGES)
+      keys = _exchange(keys, 1 << left, count, mirrored=mirrored)
+      left, mirrored = left - count, False
+  return keys[:n].reshape(n, *batch)
 
 
-def _exchange(keys: Array, block: int, *, mirrored: bool) -> Array:
-  """Smaller keys to the first half of each block, greater ones to the second."""
-  shape = keys.shape
-  pairs = keys.reshape(-1, 2, block // 2, shape[1])
-  first, second = pairs[:, 0], pairs[:, 1]
+def _exchange(keys: Array, block: int, count: int, *, mirrored: bool) -> Array:
+  """`count` stages: smaller keys to the first half of each block, then of each half.
+
+  Mirrored, the second half is read backwards in the first of them: both then ascend.
+  """
+  shape, ways = keys.shape, 1 << count
+  pieces = keys.reshape(-1, ways, block // ways, shape[1])
+  parts = [pieces[:, place] for place in range(ways)]
+  apart = ways // 2
   if mirrored:
-    second = second[:, ::-1]
-  small, great = jnp.minimum(first, second), jnp.maximum(first, second)
-  if mirrored:
-    great = great[:, ::-1]
-  return jnp.stack([small, great], axis=1).reshape(shape)
+    for place in range(apart):
+      small, great = parts[place], parts[-1 - place][:, ::-1]
+      parts[place] = jnp.minimum(small, great)
+      parts[-1 - place] = jnp.maximum(small, great)[:, ::-1]
+    apart //= 2
+  while apart:
+    for place in range(ways):
+      if not place & apart:
+        small, great = parts[place], parts[place + apart]
+        parts[place] = jnp.minimum(small, great)
+        parts[place + apart] = jnp.maximum(small, great)
+    apart //= 2
+  return jnp.stack(parts, axis=1).reshape(shape)
 
 
 def search(
-  ordered: Shaped[Array, "*#batch n"], values: Shaped[Array, "*#batch k"]
-) -> Int[Array, "*batch k"]:
-  """How many of each ascending row are below each of the values of that row.
+  ordered: Shaped[Array, "n *#batch"], values: Shaped[Array, "k *#batch"]
+) -> Int[Array, "k *batch"]:
+  """How many of each ascending sequence are below each of the values.
 
-  Bisection in log2(n) steps, for all rows and values at once.
+  Bisection in log2(n) steps, for all sequences and values at once.
   """
-  n = ordered.shape[-1]
-  batch = jnp.broadcast_shapes(ordered.shape[:-1], values.shape[:-1])
-  ordered = jnp.broadcast_to(ordered, (*batch, n))
-  found = jnp.zeros((*batch, values.shape[-1]), jnp.int32)
+  n = ordered.shape[0]
+  batch = jnp.broadcast_shapes(ordered.shape[1:], values.shape[1:])
+  ordered = jnp.broadcast_to(ordered, (n, *batch))
+  found = jnp.zeros((values.shape[0], *batch), jnp.int32)
   step = (1 << n.bit_length()) >> 1
   while step:
     reach = found + step
-    at = jnp.minimum(reach, n) - 1
-    probe = jnp.take_along_axis(ordered, at, axis=-1, mode="promise_in_bounds")
+    probe = take(ordered, jnp.minimum(reach, n) - 1)
     found = jnp.where((probe < values) & (reach <= n), reach, found)
     step //= 2
   return found

@@ -84,7 +84,7 @@ def closed_values(
 ):
   """Values under the plan of `count` closures from f, `[batch, heads, n, features]`.
 
-  Masks are `[batch, 1, n]` and `[batch, 1, m]`, the relaxation `[heads, count - 1]`.
+  Weights are `[batch, 1, n]` and `[batch, 1, m]`, the relaxation `[heads, count - 1]`.
   """
   query, key, value, f = (np.asarray(x, np.float64) for x in (query, key, value, f))
   output = np.zeros((*query.shape[:-1], value.shape[-1]))
@@ -94,6 +94,8 @@ def closed_values(
     masks = [m if m is None else np.asarray(m)[b, 0] for m in (query_mask, key_mask)]
     omega = None if relaxation is None else np.float64(relaxation[h])
     duals = oracles.closures(logits, f[b, h], count, *masks, omega)
-    present = value[b, h] if masks[1] is None else value[b, h] * masks[1][:, None]
+    present = value[b, h]
+    if masks[1] is not None:
+      present = present * (masks[1] > 0)[:, None]
     output[b, h] = oracles.plan(logits, *duals, *masks) @ present
   return output

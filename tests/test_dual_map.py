@@ -10,6 +10,7 @@ import references
 from asap_jax import dual_map, features
 from asap_jax.dual_map import DualMap
 from asap_jax.features import FEATURES, KINDS, feature_count
+from asap_jax.weights import centre
 
 # Compiled: a single eager call of each operation takes longer than all of them.
 dual_features = jax.jit(features.dual_features, static_argnames="features")
@@ -228,11 +229,11 @@ def test_features_in_parts_are_the_columns(kinds, weights):
   @jax.jit
   def parts(kernel):
     found = features.features_of(QUERY, KEY, DIRECTIONS, kinds, *given)
-    return found.times(kernel), found.variances()
+    return centre(found.times(kernel), given[0], axis=-2), found.variances()
 
   times, variances = parts(kernel)
   columns = np.float64(dual_features(QUERY, KEY, DIRECTIONS, kinds, *given))
-  expected = np.einsum("bhnp,hpw->bhwn", columns, kernel)
+  expected = np.einsum("bhnp,hpw->bhnw", columns, kernel)
   np.testing.assert_allclose(times, expected, atol=1e-4)
   mass = np.float64(oracles.masses(weights[0], N))
   expected = (columns**2 * mass[:, None]).sum(-2)

@@ -18,6 +18,10 @@ QUERY, KEY, VALUE, F, BIAS = (
 QUERY_MASK = jnp.arange(N) < jnp.asarray([4, 6, 5])[:, None, None]
 KEY_MASK = jnp.arange(M) < jnp.asarray([9, 3, 7])[:, None, None]
 MASKS = {"query_weights": QUERY_MASK, "key_weights": KEY_MASK}
+MASSES = {
+  name: jnp.asarray(RANDOM.uniform(0.1, 2.0, size=mask.shape), jnp.float32) * mask
+  for name, mask in MASKS.items()
+}
 OMEGA = jnp.asarray([[1.5], [0.8]])
 
 
@@ -27,20 +31,72 @@ def expected(count, masks, bias=None, relaxation=None):
   )
 
 
-@pytest.fixture(params=["whole", "blocks", "single"])
+@pytest.fixture(params=["short", "whole", "blocks", "single"])
 def blocks(request, monkeypatch):
-  """Blocks of four heads, which no batch of six divides into, or of one."""
-  size = {"whole": 2**20, "blocks": 4 * N * M, "single": 1}[request.param]
+  """All at once, or blocks of four heads, which no batch of six divides into."""
+  if request.param != "short":
+    monkeypatch.setattr(fused, "_SHORT", 0)
+  size = {"blocks": 4 * N * M, "single": 1}.get(request.param, 2**20)
   monkeypatch.setattr(fused, "_BLOCK", size)
 
 
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("masks", [{}, MASKS], ids=["all", "masks"])
-def test_against_float64(masks):
-  function = jax.jit(lambda *a: scaled_attention(*a, 2, **masks, relaxation=OMEGA))
+@pytest.mark.parametrize("weights", [{}, MASKS, MASSES], ids=["all", "masks", "masses"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_against_float64(weights, count):
+  relaxation = OMEGA if count == 2 else None
+  options = {**weights, "relaxation": relaxation}
+  function = jax.jit(lambda *a: scaled_attention(*a, count, **options))
   actual = function(QUERY, KEY, VALUE, F)
-  wanted = expected(2, masks, relaxation=OMEGA)
+  wanted = expected(count, weights, relaxation=relaxation)
   np.testing.assert_allclose(actual, wanted, atol=2e-5)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("masks", [{}, MASKS], ids=["all", "masks"])
+def test_sharp_logits(masks):
+  query, f = 300 * QUERY, 100 * F
+  assert float(jnp.abs(jnp.einsum("bhnd,bhmd->bhnm", query, KEY)).max()) > 1000
+  actual = jax.jit(lambda *a: scaled_attention(*a, **masks))(query, KEY, VALUE, f)
+  wanted = references.closed_values(query, KEY, VALUE, f, 1, *masks.values())
+  # Logits of thousands are known to a ten-thousandth.
+  np.testing.assert_allclose(actual, wanted, atol=2e-3)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("absent", ["queries", "keys", "both"])
+def test_nobody_present(absent):
+  masks = {
+    "query_weights": QUERY_MASK & (absent == "keys"),
+    "key_weights": KEY_MASK & (absent == "queries"),
+  }
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(arguments):
+    return jnp.square(scaled_attention(*arguments, **masks)).sum()
+
+  value, slopes = loss((QUERY, KEY, VALUE, F))
+  assert value == 0.0
+  assert all(jnp.all(slope == 0.0) for slope in slopes)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_values_in_bfloat16():
+  value = VALUE.astype(jnp.bfloat16)
+  actual = jax.jit(lambda *a: scaled_attention(*a, **MASKS))(QUERY, KEY, value, F)
+  assert actual.dtype == jnp.bfloat16
+  # Each of the weights, and the sums, rounded to eight bits.
+  np.testing.assert_allclose(
+    actual.astype(jnp.float32), expected(1, MASKS), rtol=2e-2, atol=2e-2
+  )
+
+
+@pytest.mark.usefixtures("blocks")
+def test_constants_in_f_change_nothing():
+  shifted = F + 7.0 * jnp.arange(BATCH)[:, None, None]
+  attend = jax.jit(lambda f: scaled_attention(QUERY, KEY, VALUE, f, **MASKS))
+  np.testing.assert_allclose(attend(shifted), attend(F), atol=2e-5)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -80,7 +136,8 @@ def test_vmap_agrees_with_the_batch():
 
 
 @pytest.mark.usefixtures("blocks")
-def test_start_that_is_predicted_block_by_block():
+@pytest.mark.parametrize("count", [1, 2])
+def test_start_that_is_predicted_block_by_block(count):
   heads = jnp.asarray([0.5, -1.0])[:, None]
 
   def predict(query, key, query_weights=None, key_weights=None, products=None):
@@ -90,8 +147,8 @@ def test_start_that_is_predicted_block_by_block():
     return heads * jnp.sum(products * present, axis=-1)
 
   def attend(query, start):
-    options = {**MASKS, "relaxation": OMEGA}
-    return scaled_attention(query, KEY, VALUE, start, 2, **options)
+    options = {**MASKS, "relaxation": OMEGA if count == 2 else None}
+    return scaled_attention(query, KEY, VALUE, start, count, **options)
 
   f = predict(QUERY, KEY, *MASKS.values())
   actual = jax.jit(lambda query: attend(query, predict))(QUERY)

@@ -35,9 +35,8 @@ def centred(masked):
 
 
 def features_of(columns, mask=None):
-  """The columns, the middle ones of which are taken for the query."""
-  rows = jnp.swapaxes(jnp.delete(columns, slice(1, 1 + DIM), axis=-1), -1, -2)
-  return Features(rows, columns[..., 1 : 1 + DIM], 1, mask)
+  """The columns, one of which comes alone."""
+  return Features((columns[..., :1], columns[..., 1:]), mask)
 
 
 def reference(features, query, key, query_mask, key_mask):
@@ -66,7 +65,7 @@ def reference(features, query, key, query_mask, key_mask):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_formula(masked):
   masks = (QUERY_MASK, KEY_MASK) if masked else (None, None)
-  features = features_of(centred(masked), masks[0])
+  features = features_of(RAW, masks[0])
   found = apply_network(NETWORK, features, QUERY, KEY, masks[1])
   full = np.ones((BATCH, N), bool), np.ones((BATCH, M), bool)
   given = [np.asarray(mask)[:, 0] for mask in masks] if masked else full

@@ -114,7 +114,7 @@ def couple(
   order_x, order_y = _order(x, query_mask), _order(y, key_mask)
   shape = x.shape[:-1]
   if paired or (n == m and query_mask is None and key_mask is None):
-    rank = inverse(order_x)
+    rank = jnp.moveaxis(inverse(jnp.moveaxis(order_x, -1, 0)), 0, -1)
     keys = jnp.take_along_axis(order_y, rank, axis=-1)
     ones = jnp.ones((*shape, n), x.dtype)
     shares = ones if query_mask is None else query_mask[..., None, :] * ones
@@ -177,7 +177,7 @@ def _order(x: Array, mask: Mask) -> Array:
   """Indices that sort `[..., slices, n]`, absent points last."""
   if mask is not None:
     x = jnp.where(mask[..., None, :], x, jnp.inf)
-  return order_of(x)
+  return jnp.moveaxis(order_of(jnp.moveaxis(x, -1, 0)), 0, -1)
 
 
 def _merge_slices(x: Array) -> Array:

@@ -159,7 +159,8 @@ def soft_permutation(
 def _kernel(x: Array, temperature: float | Array, mask: Array | None) -> Array:
   """`soft_permutation` before its rows are divided by their sums."""
   mask = None if mask is None else mask[..., None, :]
-  order = order_of(x if mask is None else jnp.where(mask, x, jnp.inf))
+  present = x if mask is None else jnp.where(mask, x, jnp.inf)
+  order = jnp.moveaxis(order_of(jnp.moveaxis(present, -1, 0)), 0, -1)
   x = zero_invalid(x, mask)
   places = jnp.take_along_axis(x, order, axis=-1)
   # At most one, and one at the point whose place it is: no maximum to subtract.
