@@ -156,9 +156,8 @@ def sinkhorn_attention(
     implementation: `"ott"` is OTT-JAX's algorithm in the log domain, with an exact
       gradient whose memory does not grow with `iterations`: for training. The others,
       of `asap_jax.implementations`, are the same plan several times faster: for
-      inference. `"xla"` forms an n x m kernel (`asap_jax.scaling`), `"chunked"` and
-      `"cudnn"` take O(n + m) memory. Where the weights are sown or dropped they are
-      formed, whichever is named.
+      inference. `"xla"` forms n x m kernels, `"chunked"` and `"cudnn"` take O(n + m)
+      memory. Where the weights are sown or dropped they are formed, whichever is named.
 
   Returns:
     `[batch..., n, heads, features]`, zero at invalid queries. Under jit, where a mask's

@@ -1,6 +1,6 @@
 """Which implementation of the fused attention runs: named, or the best available.
 
-- `"xla"`: `asap_jax.fused`, one exponential, an n x m kernel; any dtype and device.
+- `"xla"`: `asap_jax.fused`, with an n x m kernel; any dtype and device.
 - `"chunked"`: `asap_jax.chunked`, O(n + m) memory in plain XLA; any dtype and device.
 - `"cudnn"`: `asap_jax.cudnn`, O(n + m) memory, cuDNN's fused kernels; bfloat16 and
   float16 on an NVIDIA GPU.

@@ -132,22 +132,30 @@ def _sort(keys: Array) -> Array:
 
 def _mend(x: Array, order: Array) -> tuple[Array, Array]:
   """Exchanges neighbours until all sequences ascend: seldom more than a turn or two."""
-  even = (jnp.arange(x.shape[0]) % 2 == 0).reshape(-1, *(1,) * (x.ndim - 1))
-
-  def exchange(carry, first):
-    values, _ = carry
-    greater = values[:-1] > values[1:]
-    ahead = jnp.pad(greater, [(0, 1)] + [(0, 0)] * (x.ndim - 1)) & first
-    behind = jnp.roll(ahead, 1, axis=0)
-    return tuple(
-      jnp.where(ahead, jnp.roll(of, -1, 0), jnp.where(behind, jnp.roll(of, 1, 0), of))
-      for of in carry
-    )
 
   def turn(carry):
-    return exchange(exchange(carry, even), ~even)
+    return _exchange_neighbours(_exchange_neighbours(carry, 0), 1)
 
   return jax.lax.while_loop(_descends, turn, (take(x, order), order))
+
+
+def _exchange_neighbours(carry: tuple[Array, Array], first: int) -> tuple[Array, Array]:
+  """Puts points in order two and two, from the place `first` on."""
+  values, order = carry
+  pairs = (values.shape[0] - first) // 2
+  last = first + 2 * pairs
+  left, right = (slice(first + side, last, 2) for side in (0, 1))
+  exchanged = values[left] > values[right]
+
+  def exchange(of):
+    parts = (
+      jnp.where(exchanged, of[right], of[left]),
+      jnp.where(exchanged, of[left], of[right]),
+    )
+    inside = jnp.stack(parts, axis=1).reshape(2 * pairs, *of.shape[1:])
+    return jnp.concatenate([of[:first], inside, of[last:]])
+
+  return exchange(values), exchange(order)
 
 
 def _descends(carry: tuple[Array, Array]) -> Bool[Array, ""]:
