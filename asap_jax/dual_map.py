@@ -53,7 +53,7 @@ def predict_dual(
   products: Float[Array, "*batch heads n m"] | None = None,
   centred: bool = True,
 ) -> Float[Array, "*batch heads n"]:
-  """f_hat, the predicted query-side dual, centred over the valid queries.
+  """f_hat, the predicted query-side dual, by default centred over the valid queries.
 
   Works under jit, vmap and grad, in all array leaves of `dual_map`.
 
@@ -66,10 +66,10 @@ def predict_dual(
     products: query key^T where it is at hand, finite at absent points too: the
       cumulants of a linear map cost one pass over it then instead of a covariance.
     centred: otherwise f_hat is off by a constant of each sequence and head, which a
-      closure takes back, and anything at absent queries.
+      closure takes back.
 
   Returns:
-    `[..., heads, n]`, float32 or better; zero at absent queries, if centred.
+    `[..., heads, n]`, float32 or better, zero at absent queries.
 
   Raises:
     ValueError: if the weights of `dual_map` do not have one column per feature, or as

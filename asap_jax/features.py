@@ -97,7 +97,7 @@ class Features(NamedTuple):
   def times(
     self, kernel: Float[Array, "*#batch heads features width"]
   ) -> Float[Array, "*batch heads n width"]:
-    """The features times a kernel, not centred; anything at absent queries."""
+    """The features times a kernel, not centred."""
     products, first = [], 0
     for part in self.parts:
       last = first + part.shape[-1]
