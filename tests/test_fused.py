@@ -52,6 +52,7 @@ def test_against_float64(weights, count):
   np.testing.assert_allclose(actual, wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("masks", [{}, MASKS], ids=["all", "masks"])
 def test_sharp_logits(masks):
@@ -63,6 +64,7 @@ def test_sharp_logits(masks):
   np.testing.assert_allclose(actual, wanted, atol=2e-3)
 
 
+@pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("absent", ["queries", "keys", "both"])
 def test_nobody_present(absent):
@@ -81,6 +83,7 @@ def test_nobody_present(absent):
   assert all(jnp.all(slope == 0.0) for slope in slopes)
 
 
+@pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
 @pytest.mark.usefixtures("blocks")
 def test_values_in_bfloat16():
   value = VALUE.astype(jnp.bfloat16)
@@ -92,6 +95,7 @@ def test_values_in_bfloat16():
   )
 
 
+@pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
 @pytest.mark.usefixtures("blocks")
 def test_constants_in_f_change_nothing():
   shifted = F + 7.0 * jnp.arange(BATCH)[:, None, None]

@@ -161,7 +161,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
   "options",
   [
     {"hidden": 0, "features": ("query",)},
-    {"closures": 3, "distil_steps": 3},
+    pytest.param({"closures": 3, "distil_steps": 3}, marks=pytest.mark.slow),
   ],
   ids=str,
 )
