@@ -265,8 +265,7 @@ def asap_attention(
   _check_dual_map(dual_map, inputs)
   return _attend_from(
     inputs,
-    # A constant of each head is taken back by the closure.
-    functools.partial(predict_dual, dual_map, centred=False),
+    functools.partial(predict_dual, dual_map),
     dual_map.closures,
     dual_map.relaxation,
     implementation,

@@ -48,9 +48,9 @@ def scaled_attention(
     key: `[..., m, dim]`.
     value: `[..., m, features]`.
     f: query-side dual to start at, `[..., n]`; or what predicts it from query, key,
-      their weights and, where they are at hand, `products`: `asap_jax.predict_dual`,
-      bound to its dual map. The last axis of the batch is that of the heads then, and
-      f may be off by a constant of each head.
+      their weights and, where they are at hand, `products`, and where it need not be
+      centred, `centred=False`: `asap_jax.predict_dual`, bound to its dual map. The last
+      axis of the batch is that of the heads then.
     count: closures, at least one.
     query_weights: `None`, mask or masses, broadcast to `[..., n]`.
     key_weights: likewise, to `[..., m]`; values of absent keys may hold anything.
@@ -78,7 +78,8 @@ def scaled_attention(
     weights = query_weights, key_weights
     products = products_of(query, key)
     if f is None and predict is not None:
-      f = predict(query, key, *weights, products=products)
+      # The closure takes a constant back; to centre would end XLA's loop.
+      f = predict(query, key, *weights, products=products, centred=False)
     logits = logits_of(products)
     return closed_values(logits, f, value, count, relaxation, *weights, precision)
 

@@ -144,11 +144,14 @@ def test_vmap_agrees_with_the_batch():
 def test_start_that_is_predicted_block_by_block(count):
   heads = jnp.asarray([0.5, -1.0])[:, None]
 
-  def predict(query, key, query_weights=None, key_weights=None, products=None):
+  def predict(
+    query, key, query_weights=None, key_weights=None, products=None, centred=True
+  ):
     if products is None:
       products = jnp.einsum("...nd,...md->...nm", query, key)
     present = 1.0 if key_weights is None else key_weights[..., None, :]
-    return heads * jnp.sum(products * present, axis=-1)
+    shift = 0.0 if centred else 3.0
+    return heads * jnp.sum(products * present, axis=-1) + shift
 
   def attend(query, start):
     options = {**MASKS, "relaxation": OMEGA if count == 2 else None}
