@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from asap_jax.sorting import ascending, first_of_equals, inverse, search, take
+from asap_jax.sorting import (
+  ascending,
+  first_of_equals,
+  inverse,
+  places_of,
+  search,
+  take,
+)
 from asap_jax.weights import Weights, check_weights, masses, valid, zero_invalid
 
 # Masses closer than this (of a total of one) are one jump: float32 sums err by less.
@@ -189,7 +196,7 @@ def _describe(values: Array, order: Array, weights: Weights, exact: bool) -> _So
   count: Array | int = n
   if mask is not None:
     count = jnp.broadcast_to(mask.sum(-1), values.shape[1:])
-    values = jnp.where(_places(values) < count, values, 0.0)
+    values = jnp.where(places_of(values) < count, values, 0.0)
   if exact:
     return _Sorted(values, rank, count, None)
   mass = masses(weights, n)
@@ -197,10 +204,6 @@ def _describe(values: Array, order: Array, weights: Weights, exact: bool) -> _So
   return _Sorted(
     values, rank, count, jnp.cumsum(take(jnp.moveaxis(mass, -1, 0), order), axis=0)
   )
-
-
-def _places(values: Array) -> Array:
-  return jnp.arange(values.shape[0]).reshape(-1, *(1,) * (values.ndim - 1))
 
 
 def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
@@ -211,7 +214,7 @@ def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
     above = jnp.concatenate([ys.values[1:], ys.values[-1:]])
     return ys.values if halfway else (ys.values + above) / 2
   if ys.mass is None:  # equal masses: compare i / n with j / m in whole numbers
-    rank = _places(xs.values).astype(jnp.uint32)
+    rank = places_of(xs.values).astype(jnp.uint32)
     count_x, count_y = (jnp.asarray(s.count, jnp.uint32) for s in (xs, ys))
     count_x = jnp.maximum(count_x, 1)
     # Past the last point, anything finite will do; it also keeps clear of overflow.
@@ -240,7 +243,7 @@ def _integrate(xs: _Sorted, slope: Array) -> Array:
   """-sum of slope dx from the smallest point on, constant past the last valid one."""
   steps = slope[:-1] * jnp.diff(xs.values, axis=0)
   if not isinstance(xs.count, int):
-    steps = jnp.where(_places(steps) + 1 < xs.count, steps, 0.0)
+    steps = jnp.where(places_of(steps) + 1 < xs.count, steps, 0.0)
   falls = jax.lax.platform_dependent(
     # XLA's own transposes the points on a CPU.
     steps,

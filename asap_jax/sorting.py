@@ -66,6 +66,11 @@ def take(
   return jnp.take_along_axis(values, places, axis=0, mode="promise_in_bounds")
 
 
+def places_of(x: Shaped[Array, "n *batch"]) -> Int[Array, "n *ones"]:
+  """The places 0, 1, ... of the points, with axes of size one for the sequences."""
+  return jnp.arange(x.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (x.ndim - 1))
+
+
 def inverse(
   order: Int[Array, "n *batch"], places: Int[Array, "n *batch"] | None = None
 ) -> Int[Array, "n *batch"]:
@@ -76,7 +81,7 @@ def inverse(
   n = order.shape[0]
   columns = order.reshape(n, -1)
   if places is None:
-    places = jnp.arange(n, dtype=order.dtype).reshape(n, *(1,) * (order.ndim - 1))
+    places = places_of(order)
   places = jnp.broadcast_to(places, order.shape).astype(order.dtype)
   width = columns.shape[1]
   flat = (columns * width + jnp.arange(width, dtype=order.dtype)).reshape(-1)
@@ -91,8 +96,7 @@ def first_of_equals(ordered: Float[Array, "n *batch"]) -> Int[Array, "n *batch"]
   ordered = jax.lax.stop_gradient(ordered)
   tied = ordered[1:] == ordered[:-1]
   tied = jnp.pad(tied, [(1, 0)] + [(0, 0)] * (tied.ndim - 1))
-  place = jnp.arange(ordered.shape[0]).reshape(-1, *(1,) * (ordered.ndim - 1))
-  place = jnp.broadcast_to(place, ordered.shape)
+  place = jnp.broadcast_to(places_of(ordered), ordered.shape)
 
   def step(carry):
     place, _ = carry
@@ -119,7 +123,7 @@ def _packed(x: Array) -> Array:
   level = (x - least) * (levels / jnp.where(spread > 0, spread, 1.0))
   level = jnp.where(finite, jnp.clip(level, 0.0, levels), jnp.where(x > 0, levels, 0.0))
   keys = level.astype(jnp.dtype(f"int{bits}")) << _index_bits(n)
-  return keys | jnp.arange(n, dtype=keys.dtype).reshape(n, *(1,) * (x.ndim - 1))
+  return keys | places_of(x).astype(keys.dtype)
 
 
 def _sort(keys: Array) -> Array:
