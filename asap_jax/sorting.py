@@ -189,7 +189,8 @@ def bitonic_sort(keys: Int[Array, "n *batch"]) -> Int[Array, "n *batch"]:
 def _exchange(keys: Array, block: int, count: int, *, mirrored: bool) -> Array:
   """`count` stages: smaller keys to the first half of each block, then of each half.
 
-  Mirrored, the second half is read backwards in the first of them: both then ascend.
+  Mirrored, the second half is read backwards in the first of them, for both ascend;
+  what that leaves backwards the stages after it put right.
   """
   shape, ways = keys.shape, 1 << count
   pieces = keys.reshape(-1, ways, block // ways, shape[1])
@@ -199,7 +200,7 @@ def _exchange(keys: Array, block: int, count: int, *, mirrored: bool) -> Array:
     for place in range(apart):
       small, great = parts[place], parts[-1 - place][:, ::-1]
       parts[place] = jnp.minimum(small, great)
-      parts[-1 - place] = jnp.maximum(small, great)[:, ::-1]
+      parts[-1 - place] = jnp.maximum(small, great)
     apart //= 2
   while apart:
     for place in range(ways):
