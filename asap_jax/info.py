@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import asap_jax
-from asap_jax.implementations import Implementation, choose
+from asap_jax.attention.implementations.dispatch import Implementation, choose
 
 PACKAGES = (
   "jax",
@@ -41,8 +41,8 @@ def info() -> dict[str, Any]:
     `python`, `platform`; `packages`, a version or `None` for each; `settings`, those
     of JAX and XLA that change results or devices; `devices`, their kinds by name;
     `implementations`, for each device, dtype and name `None` where it runs, else why it
-    does not (`asap_jax.implementations`). Where JAX starts no device, `devices` and
-    `implementations` are empty and `error` says why.
+    does not (`asap_jax.attention.implementations`). Where JAX starts no device,
+    `devices` and `implementations` are empty and `error` says why.
   """
   found: dict[str, Any] = {
     "python": platform.python_version(),

@@ -14,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import asap_jax
-from asap_jax import metrics, plotting, slices
+from asap_jax import metrics, plotting
+from asap_jax.compiler.sites import find_sinkhorn, held_at, recorder
 from asap_jax.plotting import series_style
-from asap_jax.surgery import find_sinkhorn, held_at, recorder
-from experiments.data import batches_of, digits, shift_digits
-from experiments.models import Encoder, EncoderConfig
-from experiments.results import new_directory
-from experiments.train import TrainConfig, train_classifier
+from asap_jax.potentials import directions as slices
+from experiments.common.digits import batches_of, digits, shift_digits
+from experiments.common.models import Encoder, EncoderConfig
+from experiments.common.results import new_directory
+from experiments.common.train import TrainConfig, train_classifier
 
 ITERATIONS, SLICES, INPUTS = 20, 4, 64
 MODEL = EncoderConfig(length=64, token_size=1, classes=10)
@@ -97,7 +98,7 @@ def compute(seed: int, steps: int, refine_steps: int) -> Pieces:
   for site, (activation,) in zip(sites, seen, strict=True):
     dual_map = held_at(compiled, site).dual_map
     tokens, logits = (activation.query, activation.key), activation.logits
-    dual = asap_jax.sinkhorn_source_dual(logits, ITERATIONS)
+    dual = asap_jax.teacher.sinkhorn_source_dual(logits, ITERATIONS)
     predicted = asap_jax.predict_dual(dual_map, *tokens)
     teacher_plan, plan, cut = (
       asap_jax.plan(logits, asap_jax.closure(logits, f))

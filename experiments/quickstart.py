@@ -13,15 +13,16 @@ import numpy as np
 from flax import nnx
 
 import asap_jax
-from asap_jax.fidelity import Operator, operator_of, plan_of
+from asap_jax.compiler.fidelity import Operator, operator_of, plan_of
+from asap_jax.compiler.sites import find_sinkhorn, held_at, recorder
 from asap_jax.plotting import plot_plans
-from asap_jax.surgery import find_sinkhorn, held_at, recorder
-from experiments import peers, replacements
-from experiments.attentions import TRAINABLE, trainable
-from experiments.data import Split, batches_of, digits, shift_digits
-from experiments.models import Encoder, EncoderConfig
-from experiments.results import new_directory, print_rows, write_results
-from experiments.train import TrainConfig, accuracy, predict, train_classifier
+from experiments.common import replacements
+from experiments.common.attentions import TRAINABLE, trainable
+from experiments.common.digits import Split, batches_of, digits, shift_digits
+from experiments.common.models import Encoder, EncoderConfig
+from experiments.common.results import new_directory, print_rows, write_results
+from experiments.common.train import TrainConfig, accuracy, predict, train_classifier
+from experiments.peers import __main__ as peers
 
 ITERATIONS, CUTS, SLICES, REFINE_STEPS = 20, (1, 2, 3, 5), 8, 500
 MODEL = EncoderConfig(length=64, token_size=1, classes=10)

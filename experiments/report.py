@@ -12,8 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from asap_jax import Alternative, plotting
-from experiments.results import new_directory
+from asap_jax import plotting
+from asap_jax.compiler import Alternative
+from experiments.common.results import new_directory
 
 # In front, in this order; other columns follow as they come.
 _FIRST = (

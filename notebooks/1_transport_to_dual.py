@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import asap_jax
-from asap_jax import metrics, plotting, slices
+from asap_jax import metrics, plotting
+from asap_jax.potentials import directions as slices
 
 # %% [markdown]
 # ## Transport on the line
@@ -95,9 +96,9 @@ def fitted(directions, sharpness, features):
   for seed, count in ((4, 64), (5, 16)):
     query, key = sequences(jax.random.key(seed), count, sharpness)
     logits = query @ jnp.swapaxes(key, -1, -2)
-    f = asap_jax.sinkhorn_source_dual(logits, 20)
+    f = asap_jax.teacher.sinkhorn_source_dual(logits, 20)
     f = f - f.mean(-1, keepdims=True)
-    columns = asap_jax.dual_features(query, key, directions, features)
+    columns = asap_jax.dual_map.dual_features(query, key, directions, features)
     cases.append((logits, f, columns))
   (_, seen, columns), (logits, f, new_columns) = cases
   matrix = columns.reshape(-1, columns.shape[-1])

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from pages import PAGES, ROOT, examples, run_examples
+from helpers.pages import PAGES, ROOT, examples, run_examples
 
 pytest.importorskip("griffe", reason="needs the extra `docs`")
 _spec = importlib.util.spec_from_file_location(

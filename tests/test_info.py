@@ -10,11 +10,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from pages import ROOT
+from helpers.pages import ROOT
 
 import asap_jax
 from asap_jax import info
-from asap_jax.attention import sinkhorn_attention
+from asap_jax.attention.functions import sinkhorn_attention
 
 
 def test_versions_are_those_of_the_modules():

@@ -1,16 +1,16 @@
 """Notebooks run, are what their scripts say, and hold clean outputs."""
 
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from helpers.pages import ROOT
 
 jupytext = pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 
-FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
+FOLDER = ROOT / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
 # Where somebody's files lie, and what nobody wants to read.
 UNCLEAN = re.compile(

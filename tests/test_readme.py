@@ -2,10 +2,10 @@
 
 import functools
 
-from pages import ROOT, figures, run_examples
+from helpers.pages import ROOT, figures, run_examples
 
 import asap_jax
-from asap_jax import measure
+from asap_jax.compiler import measuring as measure
 
 README = ROOT / "README.md"
 

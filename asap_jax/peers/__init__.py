@@ -22,7 +22,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from asap_jax.attention import sinkhorn_attention, softmax_attention
+from asap_jax.attention.functions import sinkhorn_attention, softmax_attention
 from asap_jax.peers.differential import (
   DifferentialParameters,
   differential_attention,

@@ -1,8 +1,9 @@
 """Optimal couplings on the line, one per slice, in sparse form.
 
 For the cost -xy of projections x and y the optimal coupling is the monotone one (see
-`asap_jax.potentials`): sorted queries and keys are laid side by side, each with its
-share of the mass, and overlap where they are coupled. It has at most n + m - 1 entries.
+`asap_jax.potentials.kantorovich`): sorted queries and keys are laid side by side, each
+with its share of the mass, and overlap where they are coupled. It has at most n + m - 1
+entries.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from asap_jax.sorting import inverse, order_of
+from asap_jax.potentials.sorting import inverse, order_of
 
 Mask = Bool[Array, "..."] | None
 

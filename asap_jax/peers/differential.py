@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.peers.signature import Call, attention_fn
+from asap_jax.attention.signature import Call, attention_fn
 
 
 class DifferentialParameters(NamedTuple):

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from asap_jax.attention_inputs import Inputs
+from asap_jax.attention.inputs import Inputs
+from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.masses import valid, zero_invalid
 from asap_jax.peers.coupling import couple, gather, project
-from asap_jax.peers.signature import Call, attention_fn
-from asap_jax.slices import normalise
-from asap_jax.sorting import order_of
-from asap_jax.weights import valid, zero_invalid
+from asap_jax.potentials.directions import normalise
+from asap_jax.potentials.sorting import order_of
 
 
 class SoftPlan(NamedTuple):

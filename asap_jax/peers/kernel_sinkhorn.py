@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.c_transform import (
+from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.c_transform.entropic import (
   Duals,
   c_transform,
   closures,
@@ -15,8 +16,7 @@ from asap_jax.c_transform import (
   plan,
   row_sums,
 )
-from asap_jax.peers.signature import Call, attention_fn
-from asap_jax.weights import valid_pairs
+from asap_jax.masses import valid_pairs
 
 
 class KernelPlan(NamedTuple):
@@ -54,8 +54,8 @@ def kernel_sinkhorn_attention(call: Call, *, iterations: int = 20) -> Array:
   (Cuturi, 2013, "Sinkhorn Distances".) Each is v = c / K^T u, u = r / K v, in float32
   and without safeguards: entries more than about 87 below the largest logit of their
   head vanish, so sharp logits give wrong plans, and rows that vanish as a whole
-  attend to nothing; `asap_jax.scaling` has the speed without the limit. Works under
-  jit, vmap and grad, by differentiating the unrolled iterations.
+  attend to nothing; `asap_jax.c_transform.scaling_domain` has the speed without the
+  limit. Works under jit, vmap and grad, by differentiating the unrolled iterations.
 
   Args:
     call: all arguments of `asap_jax.softmax_attention`; see there, and

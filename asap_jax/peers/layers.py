@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from asap_jax import slices as directions_
-from asap_jax.layers import AsapAttention
+from asap_jax.attention.layers import AsapAttention
 from asap_jax.peers.differential import (
   DifferentialParameters,
   differential_attention,
@@ -20,6 +19,7 @@ from asap_jax.peers.differential import (
 from asap_jax.peers.esp import esp_attention
 from asap_jax.peers.lot import Pivot, lot_attention
 from asap_jax.peers.one_sided import one_sided_attention
+from asap_jax.potentials import directions as directions_
 
 
 class ESPAttention(nnx.Module):

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.c_transform import closures
-from asap_jax.peers.signature import Call, attention_fn
-from asap_jax.weights import valid
+from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.c_transform.entropic import closures
+from asap_jax.masses import valid
 
 
 class Pivot(NamedTuple):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from asap_jax.dual_map import DualMap, predict_dual
-from asap_jax.peers.signature import Call, attention_fn
+from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.dual_map.predict import DualMap, predict_dual
 
 
 @attention_fn

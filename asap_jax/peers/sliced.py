@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.attention_inputs import Inputs
+from asap_jax.attention.inputs import Inputs
+from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.masses import valid
 from asap_jax.peers.coupling import Couplings, couple
-from asap_jax.peers.signature import Call, attention_fn
-from asap_jax.weights import valid
 
 Directions = Float[Array, "heads slices dim"]
 

@@ -8,6 +8,7 @@ or line as well as in colour. Needs Matplotlib, which comes with the extra
 
 from asap_jax.plotting.depth import plot_curves, plot_rank
 from asap_jax.plotting.frontier import CUTS_FAMILY, plot_frontier, plot_report
+from asap_jax.plotting.length import plot_scaling
 from asap_jax.plotting.plans import (
   plot_column_sums,
   plot_plan,
@@ -20,7 +21,6 @@ from asap_jax.plotting.points import (
   plot_dual,
   plot_potentials,
 )
-from asap_jax.plotting.scaling import plot_scaling
 from asap_jax.plotting.style import series_style, subplots
 
 __all__ = [

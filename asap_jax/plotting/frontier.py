@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from asap_jax.compiler.report import Alternative, Report
 from asap_jax.plotting.style import STYLES, axes_or_new, grid, titled
-from asap_jax.report import Alternative, Report
 
 CUTS_FAMILY = "Sinkhorn cut short"
 

@@ -8,7 +8,7 @@ from matplotlib.collections import LineCollection
 from numpy.typing import ArrayLike
 
 from asap_jax.plotting.style import array_of, axes_or_new, series_style, titled
-from asap_jax.potentials import Potentials
+from asap_jax.potentials.kantorovich import Potentials
 
 # Couplings are drawn where they hold at least this share of their largest entry.
 _FAINTEST = 0.02

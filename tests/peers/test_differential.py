@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peer_references as papers
 import pytest
 from flax import nnx
-from peer_cases import (
+from helpers import peer_references as papers
+from helpers.peer_cases import (
   BATCH,
   CASES,
   DIM,

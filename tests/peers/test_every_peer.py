@@ -5,9 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peer_cases
 import pytest
-from peer_cases import CASES, COTANGENT, HEADS, QUERY_MASK, N, normal, sown_weights
+from helpers import peer_cases
+from helpers.peer_cases import (
+  CASES,
+  COTANGENT,
+  HEADS,
+  QUERY_MASK,
+  N,
+  normal,
+  sown_weights,
+)
 
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ott.geometry import geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import sinkhorn
-from peer_cases import (
+from helpers.peer_cases import (
   BATCH,
   HEADS,
   JITTED,
@@ -21,6 +18,9 @@ from peer_cases import (
   N,
   sown_weights,
 )
+from ott.geometry import geometry
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import sinkhorn
 
 from asap_jax.metrics import column_error, row_error
 from asap_jax.peers import kernel_sinkhorn_attention, sinkformer_attention

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peer_cases import (
+from helpers.peer_cases import (
   CASES,
   DIM,
   HEADS,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peer_cases import (
+from helpers.peer_cases import (
   DIM,
   DUAL_MAP,
   HEADS,
@@ -20,12 +20,12 @@ from peer_cases import (
   sown_weights,
 )
 
-from asap_jax.dual_map import DualMap
-from asap_jax.features import dual_features
+from asap_jax.dual_map.features import dual_features
+from asap_jax.dual_map.predict import DualMap
+from asap_jax.masses import centre
 from asap_jax.metrics import column_error, row_error
 from asap_jax.peers import one_sided_attention, softmax_attention
-from asap_jax.sinkhorn import sinkhorn_duals
-from asap_jax.weights import centre
+from asap_jax.teacher.sinkhorn import sinkhorn_duals
 
 
 def test_rows_are_exact():

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from peer_cases import HEADS, JITTED, SLICES, N, normal
+from helpers.peer_cases import HEADS, JITTED, SLICES, N, normal
 
-from asap_jax.dual_map import DualMap
+from asap_jax.dual_map.predict import DualMap
 from asap_jax.peers import (
   differential_attention,
   esp_attention,

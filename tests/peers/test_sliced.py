@@ -5,11 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from peer_cases import (
+from helpers import oracles
+from helpers.peer_cases import (
   BATCH,
   CASES,
   DIM,
@@ -27,6 +25,8 @@ from peer_cases import (
   normal,
   sown_weights,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asap_jax.metrics import column_error, row_error
 from asap_jax.peers import est_attention, swgg_attention

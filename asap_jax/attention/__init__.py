@@ -1,0 +1,26 @@
+"""Attention functions under the one signature of Flax's layers, and the layers.
+
+`functions` has softmax, Sinkhorn and compiled attention; `inputs` lays out their
+arguments, `signature` turns a short core into a function that Flax can call, `layers`
+are the NNX modules, and `implementations` are the ways to compute the closures.
+"""
+
+from asap_jax.attention.functions import (
+  asap_attention,
+  sinkhorn_attention,
+  softmax_attention,
+)
+from asap_jax.attention.layers import (
+  AsapAttention,
+  DualParam,
+  SinkhornMultiHeadAttention,
+)
+
+__all__ = [
+  "AsapAttention",
+  "DualParam",
+  "SinkhornMultiHeadAttention",
+  "asap_attention",
+  "sinkhorn_attention",
+  "softmax_attention",
+]

@@ -1,0 +1,6 @@
+"""Ways to compute the closures and their values, a file for each option's value.
+
+`dispatch` chooses among `xla` (one n x m kernel; `xla_short` where sequences are
+short), `chunked` (O(n + m) memory) and `cudnn` (fused kernels; `cudnn_sums` has what
+one call of them computes). All are one function up to rounding.
+"""

@@ -1,0 +1,239 @@
+"""Doubly stochastic attention from a query-side dual in O(n + m) memory.
+
+In the log domain, one chunk of points at a time: a dual of the key side needs, for each
+key, one log-sum-exp over all queries, so chunks of keys need nothing of one another,
+and chunks of queries likewise. The last half-iteration is an ordinary softmax over keys
+with a bias per key, and gives the values of a chunk of queries at once. The backward
+pass computes each chunk anew, so that it too holds one chunk at a time (Chen et al.,
+2016, "Training deep nets with sublinear memory cost").
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from asap_jax.c_transform.entropic import check_closures, column_sums, row_sums
+from asap_jax.masses import Weights, check_weights, zero_invalid
+
+# Scores computed at a time: on a CPU they stay in its cache; elsewhere 64 MiB of
+# float32 keep a device busy.
+_CPU_BUDGET = 2**20
+_BUDGET = 2**24
+# A chunk of fewer points is a slow matrix product: fewer heads at a time come first.
+_LEAST_CHUNK = 64
+# Stands for log 0, as in `c_transform`.
+_LOG_ZERO = -1e30
+
+
+class _Problem(NamedTuple):
+  """Arguments of one attention, broadcast to `[batch..., ...]`, absent points zero."""
+
+  query: Array
+  key: Array
+  value: Array
+  f: Array
+  rows: Array  # sums of the plan's rows, zero at absent queries
+  columns: Array  # likewise
+  relaxation: Array | None
+  bias: Array | None  # `[batch or 1..., n or 1, m or 1]`
+
+
+def chunked_attention(
+  query: Float[Array, "*batch n dim"],
+  key: Float[Array, "*batch m dim"],
+  value: Float[Array, "*batch m features"],
+  f: Float[Array, "*batch n"],
+  count: int = 1,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+  *,
+  bias: Float[Array, "..."] | None = None,
+  relaxation: Float[Array, "..."] | None = None,
+  precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*batch n features"]:
+  """Values weighted by the plan of `count` closures from f, in O(n + m) memory.
+
+  The same function as `scaled_attention`, forward and backward without
+  an n x m matrix, at the price of an exponential for every half-iteration. From f = 0
+  it is Sinkhorn cut to `count` iterations, streamed. Works under jit, vmap and grad, in
+  forward mode and to second order too; reverse mode of several closures keeps the dual
+  of each, O(count n), and nothing else.
+
+  Args:
+    query: see `scaled_attention`, as all arguments not listed here.
+    key: likewise.
+    value: likewise.
+    f: query-side dual to start at, `[..., n]`.
+    count: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+    bias: likewise; read chunk by chunk and never broadcast.
+    relaxation: likewise.
+    precision: likewise.
+
+  Returns:
+    As `scaled_attention`.
+
+  Raises:
+    ValueError: as `scaled_attention`.
+  """
+  check_closures(count, relaxation)
+  n, m = query.shape[-2], key.shape[-2]
+  check_weights("query_weights", query_weights, n)
+  check_weights("key_weights", key_weights, m)
+  batch = query.shape[:-2]
+  dtype = jnp.promote_types(jnp.result_type(query, key, f), jnp.float32)
+  rows, columns = (
+    jnp.broadcast_to(sums.astype(dtype), (*batch, size))
+    for sums, size in (
+      (row_sums(query_weights, n), n),
+      (column_sums(query_weights, key_weights, n, m), m),
+    )
+  )
+  if relaxation is not None:
+    relaxation = jnp.broadcast_to(relaxation.astype(dtype), (*batch, count - 1))
+  if bias is not None:
+    bias = bias.reshape((1,) * (len(batch) + 2 - bias.ndim) + bias.shape)
+  problem = _Problem(
+    query=zero_invalid(query, query_weights, axis=-2),
+    key=zero_invalid(key, key_weights, axis=-2),
+    value=zero_invalid(value, key_weights, axis=-2),
+    f=zero_invalid(f.astype(dtype), query_weights),
+    rows=rows,
+    columns=columns,
+    relaxation=relaxation,
+    bias=bias,
+  )
+  attend = functools.partial(_attend, count=count, precision=precision)
+  return jax.lax.platform_dependent(
+    problem,
+    cpu=functools.partial(attend, budget=_CPU_BUDGET),
+    default=functools.partial(attend, budget=_BUDGET),
+  )
+
+
+def _attend(
+  problem: _Problem, *, count: int, precision: jax.lax.PrecisionLike, budget: int
+) -> Array:
+  """`chunked_attention` with about `budget` scores at a time."""
+  query, key, value, f, rows, columns, relaxation, bias = problem
+  batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
+  least = max(n, m) * min(max(n, m), _LEAST_CHUNK)
+  if batch and math.prod(batch) * least > budget:
+    attend = functools.partial(_attend, count=count, precision=precision, budget=budget)
+    return _by_groups(attend, problem, budget // (math.prod(batch[1:]) * least))
+  product = functools.partial(jnp.einsum, precision=precision)
+  by_chunks = functools.partial(_by_chunks, budget=budget // max(math.prod(batch), 1))
+
+  def scores(chunk, positions, source, dual):
+    """Of a chunk of one side with all points of the other: logits and their dual."""
+    axis, points, here, there = (
+      (-2, key, rows, columns) if source == "key" else (-1, query, columns, rows)
+    )
+    # Else JAX would take the logits, which no dual changes, out of a loop over closures
+    # and hold them all.
+    chunk, dual = jax.lax.optimization_barrier((chunk, dual))
+    logits = product(
+      "...cd,...sd->...cs", chunk, points, preferred_element_type=f.dtype
+    )
+    if bias is not None:
+      biases = bias if bias.shape[axis] == 1 else jnp.take(bias, positions, axis)
+      biases = biases if axis == -2 else biases.swapaxes(-1, -2)
+      # A bias between absent points may hold anything.
+      pairs = (jnp.take(here, positions, -1) > 0)[..., None] & (there > 0)[..., None, :]
+      logits = jnp.where(pairs, logits + biases, 0.0)
+    return logits + jnp.where(there > 0, dual, _LOG_ZERO)[..., None, :]
+
+  def transform(dual, source):
+    target, sums = (query, rows) if source == "key" else (key, columns)
+
+    def log_sums(chunk, positions):
+      each = scores(chunk, positions, source, dual)
+      return jax.nn.logsumexp(each, axis=-1, keepdims=True)
+
+    logs = by_chunks(log_sums, target, n if source == "query" else m)[..., 0]
+    present = sums > 0
+    return jnp.where(present, jnp.log(jnp.where(present, sums, 1.0)) - logs, 0.0)
+
+  def step(f, omega):
+    closed = transform(transform(f, "query"), "key")
+    return closed if omega is None else f + omega[..., None] * (closed - f), None
+
+  def values(chunk, positions):
+    each = scores(chunk, positions, "key", g)
+    weights = jnp.exp(each - jax.lax.stop_gradient(each.max(-1, keepdims=True)))
+    # The range of float16 is too small for weights.
+    dtype = jnp.float32 if value.dtype == jnp.float16 else value.dtype
+    out = product(
+      "...cm,...mv->...cv",
+      weights.astype(dtype),
+      value.astype(dtype),
+      preferred_element_type=f.dtype,
+    )
+    return out / weights.sum(-1, keepdims=True)
+
+  if count > 1:
+    omegas = None if relaxation is None else jnp.moveaxis(relaxation, -1, 0)
+    f, _ = jax.lax.scan(step, f, omegas, length=count - 1)
+  g = transform(f, "query")
+  out = by_chunks(values, query, m)
+  return jnp.where(rows[..., None] > 0, rows[..., None] * out, 0.0).astype(value.dtype)
+
+
+def _by_chunks(
+  function: Callable[[Array, Array], Array], points: Array, others: int, *, budget: int
+) -> Array:
+  """`function` of points `[..., size, dim]` and their positions, a chunk at a time.
+
+  A chunk has at most `budget` scores with the points of the other side.
+  """
+  size = points.shape[-2]
+  chunk = min(max(budget // max(others, 1), _LEAST_CHUNK), size)
+  # The backward pass computes the chunk anew.
+  function = jax.checkpoint(function, prevent_cse=False)
+  chunks = -(-size // max(chunk, 1))
+  if chunks <= 1:
+    return function(points, jnp.arange(size))
+  chunk = -(-size // chunks)
+  surplus = chunks * chunk - size
+  # Surplus points are zeros, their positions those of the last; they are cut off.
+  points = jnp.pad(points, [(0, 0)] * (points.ndim - 2) + [(0, surplus), (0, 0)])
+  positions = jnp.minimum(jnp.arange(chunks * chunk), size - 1).reshape(chunks, chunk)
+  batch = points.shape[:-2]
+  points = points.reshape(*batch, chunks, chunk, points.shape[-1])
+  out = jax.lax.map(
+    lambda each: function(*each), (jnp.moveaxis(points, -3, 0), positions)
+  )
+  out = jnp.moveaxis(out, 0, -3).reshape(*batch, chunks * chunk, out.shape[-1])
+  return out[..., :size, :]
+
+
+def _by_groups(
+  function: Callable[[_Problem], Array], problem: _Problem, most: int
+) -> Array:
+  """`function` of at most `most` of the leading batch axis at a time."""
+  total = problem.query.shape[0]
+  # Groups of one size, lest the remainder be compiled by itself.
+  group = next(s for s in range(max(min(most, total), 1), 0, -1) if total % s == 0)
+
+  def split(array):
+    return array if group == 1 else array.reshape(-1, group, *array.shape[1:])
+
+  bias = problem.bias
+  shared = bias if bias is not None and bias.shape[0] == 1 else None
+  grouped = jax.tree.map(split, problem._replace(bias=bias if shared is None else None))
+
+  # Nothing of a group but its arguments is kept for the backward pass.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def attend(grouped):
+    if shared is not None:
+      grouped = grouped._replace(bias=shared if group > 1 else shared[0])
+    return function(grouped)
+
+  out = jax.lax.map(attend, grouped)
+  return out.reshape(total, *out.shape[1 if group == 1 else 2 :])

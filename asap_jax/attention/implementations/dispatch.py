@@ -1,0 +1,116 @@
+"""Which implementation of the fused attention runs: named, or the best available.
+
+- `"xla"`: `asap_jax.attention.implementations.xla`, with an n x m kernel; any dtype and
+  device.
+- `"chunked"`: `asap_jax.attention.implementations.chunked`, O(n + m) memory in plain
+  XLA; any dtype and device.
+- `"cudnn"`: `asap_jax.attention.implementations.cudnn`, O(n + m) memory, cuDNN's fused
+  kernels; bfloat16 and float16 on an NVIDIA GPU.
+
+All three are one function up to rounding.
+"""
+
+import functools
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from asap_jax.attention.implementations.cudnn import fused_attention, unsupported
+from asap_jax.attention.implementations.cudnn_sums import head_dim
+
+Implementation = Literal["xla", "chunked", "cudnn"]
+
+# Entries above which a kernel is not formed: 1 GiB of float32 in all; on a CPU, where
+# heads come one after another, 256 MiB of one head.
+_DENSE = 2**28
+_DENSE_HEAD = 2**26
+# Below this length two fused calls a closure are not worth their overhead.
+_CUDNN_LENGTH = 128
+
+
+def choose(
+  implementation: Implementation | None,
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  bias: Array | None = None,
+  scale: Any = 1.0,
+) -> Implementation:
+  """The implementation that serves these arguments: the one named, or the best.
+
+  The best is `"cudnn"` where it can run and the lengths are worth it, `"chunked"` where
+  the n x m kernel would be large, else `"xla"`. The device is that of the queries, and
+  inside of jit, where they have none, JAX's default.
+
+  Args:
+    implementation: a name, or `None` for the best.
+    query: `[..., n, dim]`, in the dtype of the attention's inputs.
+    key: `[..., m, dim]`.
+    value: `[..., m, features]`.
+    bias: added to the logits, or `None`.
+    scale: of the logits.
+
+  Raises:
+    ValueError: if the name is unknown, or what it names cannot serve these arguments;
+      the message says why, and what to do instead.
+  """
+  names = get_args(Implementation)
+  if implementation is not None and implementation not in names:
+    raise ValueError(
+      f"implementation={implementation!r}: expected None or one of {', '.join(names)}"
+    )
+  if implementation in ("xla", "chunked"):
+    return implementation
+  platform = _platform(query)
+  reason = unsupported(query, key, value, bias, scale)
+  reason = reason or _no_cudnn(
+    platform, query.dtype, head_dim(query.shape[-1], value.shape[-1])
+  )
+  if implementation == "cudnn":
+    if reason is not None:
+      raise ValueError(f"implementation='cudnn' cannot serve: {reason}")
+    return "cudnn"
+  n, m = query.shape[-2], key.shape[-2]
+  if reason is None and min(n, m) >= _CUDNN_LENGTH:
+    return "cudnn"
+  # On a CPU heads come one after another, but not with a bias.
+  if platform == "cpu" and bias is None:
+    entries, most = n * m, _DENSE_HEAD
+  else:
+    entries, most = math.prod(query.shape[:-2]) * n * m, _DENSE
+  return "chunked" if entries > most else "xla"
+
+
+def available() -> dict[str, str | None]:
+  """For each implementation why JAX's default device has it not, or `None`."""
+  no_cudnn = _no_cudnn(_platform(None), jnp.dtype(jnp.bfloat16), _CUDNN_LENGTH)
+  return {"xla": None, "chunked": None, "cudnn": no_cudnn}
+
+
+def _platform(array: Array | None) -> str:
+  """That of the device of an array; where it has none, of JAX's default device."""
+  if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+    return next(iter(array.devices())).platform
+  device = jax.config.jax_default_device  # type: ignore[attr-defined]
+  return (
+    jax.default_backend() if device is None else getattr(device, "platform", device)
+  )
+
+
+@functools.cache
+def _no_cudnn(platform: str, dtype: jnp.dtype, dim: int) -> str | None:
+  """Why cuDNN has no fused attention of head dimension `dim` there, or `None`."""
+  instead = "pass implementation=None for the best that can, 'chunked' or 'xla'"
+  if platform not in ("gpu", "cuda"):
+    return f"the device is a {platform}, cuDNN runs on NVIDIA GPUs; {instead}"
+  x = jax.ShapeDtypeStruct((1, _CUDNN_LENGTH, 1, dim), dtype)
+  try:
+    jax.eval_shape(functools.partial(fused_attention, scale=1.0), x, x, x)
+  # JAX checks version, device and shape when it traces the call.
+  except (RuntimeError, ValueError) as error:
+    return f"head dimension {dim} with the columns of the duals: {error} {instead}"
+  return None

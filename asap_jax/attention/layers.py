@@ -1,0 +1,121 @@
+"""Flax NNX modules: a Sinkhorn layer to train, and the operator that replaces it."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from asap_jax.attention.functions import asap_attention, sinkhorn_attention
+from asap_jax.attention.implementations.dispatch import Implementation
+from asap_jax.dual_map.predict import DualMap
+
+
+class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
+  """`nnx.MultiHeadAttention` whose attention is doubly stochastic.
+
+  Takes every argument of `nnx.MultiHeadAttention` but `attention_fn`, and is called
+  like it. For padding pass `mask=nnx.make_attention_mask(valid, valid)`.
+
+  Args:
+    num_heads: number of heads.
+    in_features: features of the input.
+    *args: for `nnx.MultiHeadAttention`.
+    iterations: full Sinkhorn iterations.
+    epsilon: entropic regularisation; logits are divided by it.
+    decode: autoregressive decoding; only `False` is possible here.
+    **kwargs: likewise; `rngs` is needed.
+
+  Raises:
+    ValueError: if `decode` is true or `iterations` is below one.
+  """
+
+  def __init__(
+    self,
+    num_heads: int,
+    in_features: int,
+    *args: Any,
+    iterations: int = 20,
+    epsilon: float = 1.0,
+    decode: bool = False,
+    **kwargs: Any,
+  ):
+    if iterations < 1:
+      raise ValueError(f"iterations={iterations}: expected at least one")
+    if decode:
+      raise ValueError(
+        "decode=True: one-token decoding has no doubly stochastic form; expected False"
+      )
+    attention_fn = functools.partial(
+      sinkhorn_attention, iterations=iterations, epsilon=epsilon
+    )
+    super().__init__(
+      num_heads,
+      in_features,
+      *args,
+      attention_fn=attention_fn,
+      decode=decode,
+      **kwargs,
+    )
+
+
+class DualParam(nnx.Param):
+  """A parameter of a dual map: an `nnx.Param` that a filter can tell from the rest."""
+
+
+class AsapAttention(nnx.Module):
+  """A compiled attention operator with its dual map: an `attention_fn` for Flax NNX.
+
+  It is called with the signature of `asap_jax.attention.asap_attention`, and its
+  parameters train with the model's, or alone under the filter `DualParam`.
+
+  Args:
+    dual_map: calibrated parameters.
+    options: further arguments bound to the attention function, such as `scale` and
+      `epsilon`; hashable values.
+    implementation: see `asap_attention`; the best where it runs by default. It is no
+      part of a saved model, which may be restored on another device.
+  """
+
+  def __init__(
+    self,
+    dual_map: DualMap,
+    options: dict[str, Any] | None = None,
+    implementation: Implementation | None = None,
+  ):
+    self.parameters = nnx.Dict(
+      {name: DualParam(leaf) for name, leaf in _named_leaves(dual_map)}
+    )
+    self.structure = jax.tree.structure(dual_map)
+    self.options = tuple(sorted((options or {}).items()))
+    self.implementation = implementation
+
+  @property
+  def dual_map(self) -> DualMap:
+    """The parameters as they stand."""
+    leaves = [self.parameters[name][...] for name in _names(self.structure)]
+    return jax.tree.unflatten(self.structure, leaves)
+
+  def __call__(
+    self,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *args: Any,
+    **kwargs: Any,
+  ) -> jax.Array:
+    """`asap_attention` with this dual map; see there for arguments and errors."""
+    options = {"implementation": self.implementation, **dict(self.options), **kwargs}
+    return asap_attention(query, key, value, *args, dual_map=self.dual_map, **options)
+
+
+def _named_leaves(dual_map: DualMap) -> list[tuple[str, Any]]:
+  return [
+    ("_".join(str(key.name) for key in path), leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dual_map)
+  ]
+
+
+def _names(structure: jax.tree_util.PyTreeDef) -> list[str]:
+  counted = jax.tree.unflatten(structure, range(structure.num_leaves))
+  return [name for name, _ in _named_leaves(counted)]

@@ -1,0 +1,259 @@
+"""Entropic c-transforms, the two-sided closure, and the plan.
+
+Attention weights are A_ij = exp(S_ij + f_i + g_j) with logits S and duals f, g in the
+units of the logits. Valid rows of A sum to one and its columns to n_valid / m_valid;
+in terms of the usual transport plan P, which sums to one, A = n_valid P. With float
+weights a and b, rows sum to n_valid a_i and columns to n_valid b_j.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from asap_jax.masses import (
+  Weights,
+  check_weights,
+  masses,
+  valid,
+  valid_pairs,
+  zero_invalid,
+)
+
+# Stands for log 0: finite, so that gradients of masked entries are zero and not NaN.
+_LOG_ZERO = -1e30
+
+
+class Duals(NamedTuple):
+  """Dual variables of entropic transport, in units of logits; zero on absent points.
+
+  Attributes:
+    f: query side, `[..., n]`, defined up to a constant that g takes back.
+    g: key side, `[..., m]`.
+  """
+
+  f: Float[Array, "... n"]
+  g: Float[Array, "... m"]
+
+
+def c_transform(
+  logits: Float[Array, "*batch n m"],
+  dual: Float[Array, "..."],
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+  *,
+  to: Literal["query", "key"],
+) -> Float[Array, "..."]:
+  """The entropic c-transform of one side's dual: the dual of the other side.
+
+  To the key side, g_j = log c_j - log sum_i exp(S_ij + f_i); to the query side,
+  f_i = log r_i - log sum_j exp(S_ij + g_j), where r and c are the row and column sums
+  of the plan (module docstring). Half a Sinkhorn iteration (Peyré and Cuturi, 2019,
+  "Computational Optimal Transport", equation 4.43).
+
+  Works under jit, vmap and grad.
+
+  Args:
+    logits: S, `[..., n, m]`.
+    dual: f `[..., n]` if `to` is `"key"`, g `[..., m]` if it is `"query"`.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: likewise, `[..., m]`.
+    to: the side whose dual is computed.
+
+  Returns:
+    The dual `[..., m]` or `[..., n]`, at least float32, zero on absent points.
+
+  Raises:
+    ValueError: if weights do not fit the logits or `to` is unknown.
+  """
+  check_logits(logits, query_weights, key_weights)
+  n, m = logits.shape[-2:]
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  if to == "key":
+    summed, target = -2, key_weights
+    marginal = column_sums(query_weights, key_weights, n, m)
+    scores = logits + dual[..., :, None]
+  elif to == "query":
+    summed, target = -1, query_weights
+    marginal = row_sums(query_weights, n)
+    scores = logits + dual[..., None, :]
+  else:
+    raise ValueError(f"to={to!r}: expected 'query' or 'key'")
+  pairs = valid_pairs(query_weights, key_weights)
+  if pairs is not None:
+    scores = jnp.where(pairs, scores, _LOG_ZERO)
+  log_marginal = jnp.log(jnp.where(marginal > 0, marginal, 1.0))
+  return zero_invalid(log_marginal - jax.nn.logsumexp(scores, axis=summed), target)
+
+
+def closure(
+  logits: Float[Array, "*batch n m"],
+  f: Float[Array, "..."],
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Duals:
+  """The two-sided closure: g from f, then f anew from g.
+
+  It is one Sinkhorn iteration started at f; rows of the plan are exact after it. Works
+  under jit, vmap and grad.
+
+  Args:
+    logits: S, `[..., n, m]`.
+    f: query-side dual to start at, `[..., n]`.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: likewise, `[..., m]`.
+
+  Returns:
+    `Duals` of the closed plan.
+
+  Raises:
+    ValueError: as in `c_transform`.
+  """
+  g = c_transform(logits, f, query_weights, key_weights, to="key")
+  return Duals(c_transform(logits, g, query_weights, key_weights, to="query"), g)
+
+
+def closures(
+  logits: Float[Array, "*batch n m"],
+  f: Float[Array, "..."],
+  count: int,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+  *,
+  relaxation: Float[Array, "..."] | None = None,
+) -> Duals:
+  """`count` closures in a row: as many Sinkhorn iterations started at f.
+
+  With over-relaxation (Thibault et al., 2021, arXiv 1711.01851), the closure after the
+  t-th starts at f_t + omega_t (f - f_t), where f_t is what the t-th started at and f
+  what it gave. The last closure is plain, so rows of the plan are exact.
+
+  Works under jit, vmap and grad, in `relaxation` too.
+
+  Args:
+    logits: see `c_transform`, as all arguments not listed here.
+    f: query-side dual to start at, `[..., n]`.
+    count: closures, at least one.
+    query_weights: likewise.
+    key_weights: likewise.
+    relaxation: omega, `[..., count - 1]`, broadcast against the batch axes of the
+      logits; all ones by default.
+
+  Returns:
+    `Duals` of the plan that is closed last.
+
+  Raises:
+    ValueError: if `count` is below one or `relaxation` does not have `count - 1`
+      columns; else as in `c_transform`.
+  """
+  check_closures(count, relaxation)
+
+  def step(f, omega):
+    closed = closure(logits, f, query_weights, key_weights).f
+    return closed if omega is None else f + omega[..., None] * (closed - f), None
+
+  if count > 1:
+    dtype = jnp.promote_types(jnp.promote_types(logits.dtype, f.dtype), jnp.float32)
+    f = zero_invalid(f.astype(dtype), query_weights)
+    f = jnp.broadcast_to(f, logits.shape[:-1])
+    omega = (
+      None if relaxation is None else jnp.moveaxis(relaxation.astype(dtype), -1, 0)
+    )
+    f, _ = jax.lax.scan(step, f, omega, length=count - 1)
+  return closure(logits, f, query_weights, key_weights)
+
+
+def check_closures(count: int, relaxation: Float[Array, "..."] | None) -> None:
+  """Raises ValueError unless `relaxation` is `None` or `[..., count - 1]`."""
+  if count < 1:
+    raise ValueError(f"count={count}: expected at least one closure")
+  if relaxation is not None and relaxation.shape[-1:] != (count - 1,):
+    raise ValueError(
+      f"relaxation has shape {relaxation.shape}: expected [..., {count - 1}], one "
+      f"factor between every two of count={count} closures"
+    )
+
+
+def plan(
+  logits: Float[Array, "*batch n m"],
+  duals: Duals,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Float[Array, "*batch n m"]:
+  """Attention weights exp(S + f + g), exactly zero wherever a point is absent.
+
+  Works under jit, vmap and grad.
+
+  Args:
+    logits: S, `[..., n, m]`.
+    duals: f `[..., n]` and g `[..., m]`.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: likewise, `[..., m]`.
+
+  Returns:
+    `[..., n, m]`, float32 or better.
+
+  Raises:
+    ValueError: if weights do not fit the logits.
+  """
+  check_logits(logits, query_weights, key_weights)
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  scores = logits + duals.f[..., :, None] + duals.g[..., None, :]
+  pairs = valid_pairs(query_weights, key_weights)
+  return jnp.exp(scores if pairs is None else jnp.where(pairs, scores, _LOG_ZERO))
+
+
+def apply_plan(
+  logits: Float[Array, "*batch n m"],
+  duals: Duals,
+  value: Float[Array, "*#batch m features"],
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Float[Array, "*batch n features"]:
+  """The plan applied to values.
+
+  Works under jit, vmap and grad.
+
+  Args:
+    logits: see `plan`, as all arguments not listed here.
+    duals: likewise.
+    value: `[..., m, features]`; those of absent keys may hold anything.
+    query_weights: likewise.
+    key_weights: likewise.
+
+  Returns:
+    `[..., n, features]` in the dtype of the values.
+
+  Raises:
+    ValueError: as in `plan`.
+  """
+  weights = plan(logits, duals, query_weights, key_weights)
+  value = zero_invalid(value, key_weights, axis=-2)
+  return jnp.einsum("...nm,...mv->...nv", weights.astype(value.dtype), value)
+
+
+def check_logits(logits: Array, query_weights: Weights, key_weights: Weights) -> None:
+  """Raises ValueError unless the weights fit logits `[..., n, m]`."""
+  check_weights("query_weights", query_weights, logits.shape[-2])
+  check_weights("key_weights", key_weights, logits.shape[-1])
+
+
+def row_sums(query_weights: Weights, n: int) -> Float[Array, "... n"]:
+  """Row sums r of the plan, `[..., n]`: n_valid times the masses of the queries."""
+  if query_weights is None:
+    return jnp.ones((n,), jnp.float32)
+  if query_weights.dtype == jnp.bool_:
+    return query_weights.astype(jnp.float32)
+  count = (query_weights > 0).sum(-1, keepdims=True)
+  return masses(query_weights, n) * count
+
+
+def column_sums(
+  query_weights: Weights, key_weights: Weights, n: int, m: int
+) -> Float[Array, "... m"]:
+  """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
+  mask = valid(query_weights)
+  if mask is None:
+    return masses(key_weights, m) * float(n)
+  return masses(key_weights, m) * mask.sum(-1, keepdims=True).astype(jnp.float32)

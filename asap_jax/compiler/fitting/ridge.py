@@ -1,0 +1,142 @@
+"""Ridge regression of the dual map, from statistics streamed over batches.
+
+Statistics are sums, so any number of batches costs the memory of one, and the order or
+size of batches does not matter. They are kept in float64 on the host: features may be
+nearly collinear (potentials along neighbouring slices are), and float32 sums of squares
+would lose the directions that tell them apart. These functions therefore work on
+concrete arrays, not under jit, vmap or grad.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+
+class RidgeStatistics(NamedTuple):
+  """Sums over all tokens seen so far, per head.
+
+  Attributes:
+    gram: F^T F, `[heads, features, features]`, float64.
+    moment: F^T t, `[heads, features]`.
+    power: t^T t, `[heads]`.
+    count: tokens, `[heads]`.
+  """
+
+  gram: np.ndarray
+  moment: np.ndarray
+  power: np.ndarray
+  count: np.ndarray  # type: ignore[assignment]  # also a method of tuples
+
+
+class RidgeFit(NamedTuple):
+  """Result of `solve_ridge`.
+
+  Attributes:
+    weights: `[heads, features]`, float32, for features as they were given.
+    r2: share of the target's variance explained on the data fitted, `[heads]`.
+  """
+
+  weights: np.ndarray
+  r2: np.ndarray
+
+
+def empty_statistics(heads: int, features: int) -> RidgeStatistics:
+  """Statistics of no tokens."""
+  return RidgeStatistics(
+    np.zeros((heads, features, features)),
+    np.zeros((heads, features)),
+    np.zeros(heads),
+    np.zeros(heads, np.int64),
+  )
+
+
+def add_batch(
+  statistics: RidgeStatistics,
+  features: ArrayLike,
+  target: ArrayLike,
+  mask: ArrayLike | None = None,
+) -> RidgeStatistics:
+  """Statistics with one more batch.
+
+  Args:
+    statistics: what came before.
+    features: `[batch, heads, n, features]`, centred over the valid tokens of each
+      sequence and zero at the others (`asap_jax.dual_map.features.dual_features`).
+    target: duals to predict, `[batch, heads, n]`, centred likewise.
+    mask: valid tokens, `[batch, heads or 1, n]`; all by default.
+
+  Returns:
+    New statistics; the given ones stay as they are.
+
+  Raises:
+    ValueError: if shapes do not fit, or features or target are not finite.
+  """
+  features, target = np.asarray(features), np.asarray(target)
+  heads, size = statistics.moment.shape
+  if features.ndim != 4 or (features.shape[1], features.shape[3]) != (heads, size):
+    raise ValueError(
+      f"features has shape {features.shape}: expected [batch, {heads}, n, {size}]"
+    )
+  if target.shape != features.shape[:-1]:
+    raise ValueError(f"target has shape {target.shape}: expected {features.shape[:-1]}")
+  for name, values in (("features", features), ("target", target)):
+    if not np.isfinite(values).all():
+      raise ValueError(
+        f"{name}: {np.count_nonzero(~np.isfinite(values))} of {values.size} values are "
+        "not finite; the teacher's activations overflow on this batch"
+      )
+  mask = np.ones(target.shape, bool) if mask is None else np.asarray(mask)
+  count = np.broadcast_to(mask, target.shape).sum((0, 2))
+  columns = features.astype(np.float64).transpose(1, 0, 2, 3).reshape(heads, -1, size)
+  target = target.astype(np.float64).transpose(1, 0, 2).reshape(heads, -1, 1)
+  transposed = columns.transpose(0, 2, 1)
+  return RidgeStatistics(
+    statistics.gram + transposed @ columns,
+    statistics.moment + (transposed @ target)[..., 0],
+    statistics.power + (target**2).sum((1, 2)),
+    statistics.count + count,
+  )
+
+
+def solve_ridge(statistics: RidgeStatistics, ridge: float = 1e-6) -> RidgeFit:
+  """Weights that minimise mean (t - F w)^2 + ridge |D w|^2, D the features' deviations.
+
+  Args:
+    statistics: of at least as many tokens per head as there are features.
+    ridge: penalty relative to the variance of each feature, positive. It bounds the
+      weights that nearly collinear features can take.
+
+  Returns:
+    `RidgeFit`.
+
+  Raises:
+    ValueError: if there are too few tokens or `ridge` is not positive.
+  """
+  size = statistics.moment.shape[1]
+  if not ridge > 0:
+    raise ValueError(f"ridge={ridge}: expected a positive number")
+  if statistics.count.min() < size:
+    raise ValueError(
+      f"statistics hold {statistics.count.min()} tokens for {size} features: expected "
+      f"at least {size}, and far more for a map that holds on new data; calibrate on "
+      "more batches"
+    )
+  count = statistics.count[:, None].astype(np.float64)
+  deviation = np.sqrt(np.einsum("hff->hf", statistics.gram) / count)
+  # A feature that never varies gets no weight.
+  safe = np.where(deviation > 0, deviation, 1.0)
+  correlation = statistics.gram / (
+    safe[:, :, None] * safe[:, None, :] * count[..., None]
+  )
+  moment = statistics.moment / (safe * count)
+  standard = np.linalg.solve(correlation + ridge * np.eye(size), moment[..., None])
+  weights = standard[..., 0] / safe
+  fitted = np.einsum("hf,hfg,hg->h", weights, statistics.gram, weights)
+  residual = (
+    statistics.power - 2 * np.einsum("hf,hf->h", weights, statistics.moment) + fitted
+  )
+  power = np.where(statistics.power > 0, statistics.power, 1.0)
+  # A constant dual (all tokens alike) is predicted exactly by anything centred.
+  r2 = np.where(statistics.power > 0, 1.0 - residual / power, 1.0)
+  return RidgeFit(weights.astype(np.float32), r2)

@@ -1,0 +1,82 @@
+"""Drawing the directions of every layer of a teacher."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from asap_jax.compiler.recording import Layer, Observer
+from asap_jax.compiler.sites import Activation
+from asap_jax.masses import centre
+from asap_jax.potentials import directions as slicing
+
+DirectionKind = Literal["principal", "gaussian", "orthogonal", "quasi_monte_carlo"]
+
+
+def draw_directions(
+  teacher: Observer, slices: int, kind: DirectionKind, seed: int
+) -> list[jax.Array]:
+  """Directions `[heads, slices, dim]` of each layer.
+
+  `"principal"` reads the batches once: it takes the leading eigenvectors of the second
+  moments of centred queries and keys, each scaled to trace one, added up. The others
+  are random, by `seed`.
+
+  Raises:
+    ValueError: if `slices` is below one, or above a layer's head dimension for
+      `"principal"`, or `kind` is unknown.
+  """
+  if slices < 1:
+    raise ValueError(f"slices={slices}: expected at least 1")
+  if kind == "principal":
+    return _principal(teacher, slices)
+  draw = {
+    "gaussian": slicing.gaussian,
+    "orthogonal": slicing.orthogonal,
+    "quasi_monte_carlo": slicing.quasi_monte_carlo,
+  }.get(kind)
+  if draw is None:
+    raise ValueError(
+      f"directions={kind!r}: expected 'principal', 'gaussian', 'orthogonal' or "
+      "'quasi_monte_carlo'"
+    )
+  layers: list[Layer] = teacher.layers
+  keys = jax.random.split(jax.random.key(seed), len(layers))
+  return [
+    draw(key, layer.heads, slices, layer.dim)
+    for key, layer in zip(keys, layers, strict=True)
+  ]
+
+
+def _principal(teacher: Observer, slices: int) -> list[jax.Array]:
+  smallest = min(layer.dim for layer in teacher.layers)
+  if slices > smallest:
+    raise ValueError(
+      f"slices={slices}: heads of dimension {smallest} have no more principal "
+      "directions; pass directions='quasi_monte_carlo' for more slices"
+    )
+  total = None
+  for calls in teacher.activations("Drawing directions"):
+    batch = [sum(map(_second_moments, of_layer)) for of_layer in calls]
+    total = batch if total is None else jax.tree.map(jnp.add, total, batch)
+  assert total is not None  # the first batch is never held out
+  return [slicing.principal(_balanced(moments), slices) for moments in total]
+
+
+@jax.jit
+def _second_moments(activation: Activation) -> jax.Array:
+  """Of centred queries and of centred keys, `[2, heads, dim, dim]`."""
+  moments = []
+  for points, mask in (
+    (activation.query, activation.query_mask),
+    (activation.key, activation.key_mask),
+  ):
+    centred = centre(points, mask, axis=-2)
+    moments.append(jnp.einsum("bhnd,bhne->hde", centred, centred, precision="highest"))
+  return jnp.stack(moments)
+
+
+def _balanced(moments: jax.Array) -> jax.Array:
+  """Queries and keys count the same, whatever their scales."""
+  traces = jnp.trace(moments, axis1=-2, axis2=-1)[..., None, None]
+  return (moments / jnp.where(traces > 0, traces, 1.0)).sum(0)

@@ -1,0 +1,97 @@
+"""Measuring operators on the held-out activations of a teacher's layers."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from asap_jax.compiler.fidelity import (
+  FidelitySums,
+  Operator,
+  fidelity_sums,
+  operator_milliseconds,
+)
+from asap_jax.compiler.recording import Observer
+from asap_jax.compiler.report import Alternative
+
+CUTS = (1, 2, 3, 5, 10)
+
+
+class Measured(NamedTuple):
+  """An operator on one layer.
+
+  Attributes:
+    label: as in `asap_jax.compiler.Alternative`.
+    operator: what was measured.
+    sums: fidelity on all held-out batches.
+    milliseconds: of one call, on the first of them.
+  """
+
+  label: str
+  operator: Operator
+  sums: FidelitySums
+  milliseconds: float
+
+  @property
+  def tv(self) -> float:
+    """Mean over heads of the total variation to the teacher's rows."""
+    return float(np.mean(self.sums.tv / self.sums.rows))
+
+  @property
+  def alternative(self) -> Alternative:
+    """As reports show it."""
+    return Alternative(self.label, self.tv, self.milliseconds)
+
+
+def label_of(operator: Operator) -> str:
+  """`"asap"`, `"asap@2"`, `"sinkhorn@3"` or `"teacher"`."""
+  if operator.kind == "ott":
+    return "teacher"
+  if operator.kind == "sinkhorn":
+    return f"sinkhorn@{operator.iterations}"
+  assert operator.dual_map is not None
+  closures = operator.dual_map.closures
+  return "asap" if closures == 1 else f"asap@{closures}"
+
+
+def cuts(iterations: int) -> list[Operator]:
+  """Sinkhorn stopped earlier, and not stopped but in its fastest form."""
+  kept = [k for k in CUTS if k < iterations]
+  return [Operator("sinkhorn", k) for k in (*kept, iterations)]
+
+
+def measure(
+  teacher: Observer, operators: Sequence[Sequence[Operator]]
+) -> list[list[Measured]]:
+  """Each layer's operators, with the teacher itself in front, on held-out batches.
+
+  Raises:
+    ValueError: if no batch is held out.
+  """
+  layers = teacher.layers
+  everyone = [
+    [Operator("ott", layer.site.iterations), *of_layer]
+    for layer, of_layer in zip(layers, operators, strict=True)
+  ]
+  sums: list[dict[int, FidelitySums]] = [{} for _ in layers]
+  times: list[list[float]] = [[] for _ in layers]
+  for calls in teacher.activations("Measuring", held_out=True):
+    for index, (layer, of_layer) in enumerate(zip(layers, calls, strict=True)):
+      for activation in of_layer:
+        found = fidelity_sums(activation, everyone[index], layer.site.iterations)
+        for place, new in enumerate(found):
+          old = sums[index].get(place)
+          sums[index][place] = new if old is None else old + new
+      if not times[index]:
+        times[index] = operator_milliseconds(of_layer[0], everyone[index])
+  if not sums[0]:
+    raise ValueError(
+      "batches holds a single batch: expected at least two, one of them to measure on"
+    )
+  return [
+    [
+      Measured(label_of(operator), operator, summed, taken)
+      for operator, summed, taken in zip(*of_layer, strict=True)
+    ]
+    for of_layer in zip(everyone, map(dict.values, sums), times, strict=True)
+  ]

@@ -1,0 +1,288 @@
+"""Saving and restoring a compiled model with Orbax.
+
+A saved model is a directory: `arrays/`, an Orbax checkpoint of every variable, and
+`manifest.json`, which names the sites, their dual maps, all arrays with shapes and
+dtypes, and a digest of every file. Nothing in it is code: loading runs none.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from asap_jax.attention.functions import sinkhorn_attention
+from asap_jax.attention.layers import AsapAttention
+from asap_jax.compiler.sites import find_sinkhorn, implementation_of, replace_sites
+from asap_jax.dual_map.network import Network
+from asap_jax.dual_map.predict import DualMap
+
+FORMAT = 2
+_MANIFEST, _ARRAYS = "manifest.json", "arrays"
+
+
+def save(
+  path: str | os.PathLike[str], model: nnx.Module, *, overwrite: bool = False
+) -> None:
+  """Writes a compiled model to a new directory, whole or not at all.
+
+  Args:
+    path: directory to create.
+    model: a compiled model (`asap_jax.compile`), trained further or not.
+    overwrite: whether a model already saved at `path` may be replaced.
+
+  Raises:
+    FileExistsError: if `path` exists and `overwrite` is false, or it exists and is not
+      a saved model.
+    ValueError: if `model` holds no compiled attention.
+  """
+  path = pathlib.Path(path).absolute()
+  if path.exists() and not (overwrite and (path / _MANIFEST).is_file()):
+    reason = (
+      "is not a saved model" if overwrite else "pass overwrite=True to replace it"
+    )
+    raise FileExistsError(f"path={path} exists already: {reason}")
+  sites = _saved_sites(model)
+  if all(site.get("implementation") == "ott" for site in sites):
+    raise ValueError("model holds no compiled attention: expected asap_jax.compile's")
+  state = nnx.state(model, nnx.Not(nnx.Intermediate))
+  arrays = _flat_state(state)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(aside / _ARRAYS, arrays)
+      checkpointer.wait_until_finished()
+    manifest = {
+      "format": FORMAT,
+      "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
+      "sites": sites,
+      "arrays": {name: _describe(array) for name, array in arrays.items()},
+      "keys": _key_kinds(state),
+      "files": _digests(aside),
+    }
+    manifest["digest"] = _digest(manifest)
+    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    if path.exists():
+      old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+      os.replace(path, old / path.name)
+      os.replace(aside, path)
+      shutil.rmtree(old)
+    else:
+      os.replace(aside, path)
+  finally:
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
+  """Restores a compiled model, equal to what was saved to the last bit.
+
+  Args:
+    path: directory that `save` wrote.
+    model: an uncompiled model of the same architecture, as the constructor gives it
+      or under `nnx.eval_shape`; its values do not matter and it is left untouched.
+
+  Returns:
+    The compiled model.
+
+  Raises:
+    FileNotFoundError: if there is no saved model at `path`.
+    ValueError: if the files are truncated, altered or of another format, or the model
+      has another structure than the saved one.
+  """
+  path = pathlib.Path(path).absolute()
+  manifest = _read_manifest(path)
+  found = {(site.path, site.attribute): site for site in find_sinkhorn(model)}
+  saved = {(tuple(s["path"]), s["attribute"]): s for s in manifest["sites"]}
+  if found.keys() != saved.keys():
+    raise ValueError(
+      f"model has Sinkhorn attention at {sorted(map(str, found))}: the saved model has "
+      f"it at {sorted(map(str, saved))}"
+    )
+  for where, site in found.items():
+    bound, before = _describe_options(site.options), saved[where]["options"]
+    if bound != before:
+      raise ValueError(
+        f"model binds {bound} to the attention {site.name}: saved was {before}"
+      )
+  blanks = [_blank_function(saved[where], found[where].options) for where in found]
+  compiled = replace_sites(model, list(found.values()), blanks)
+  nnx.pop(compiled, nnx.Intermediate)
+  graph, state = nnx.split(compiled)
+  expected = {name: _describe(array) for name, array in _flat_state(state).items()}
+  _check_same_arrays(expected, manifest["arrays"])
+  abstract = {
+    name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+    for name, (shape, dtype) in expected.items()
+  }
+  with ocp.StandardCheckpointer() as checkpointer:
+    arrays = checkpointer.restore(path / _ARRAYS, abstract)
+  return nnx.merge(graph, _with_arrays(state, arrays, manifest["keys"]))
+
+
+def _flat_state(state: nnx.State) -> dict[str, Any]:
+  """Every variable's array, real or abstract, by path; PRNG keys as raw data."""
+  flat = {}
+  for path, variable in nnx.to_flat_state(state):
+    value = variable.get_value()
+    if _is_key(value):
+      abstract = isinstance(value, jax.ShapeDtypeStruct)
+      raw = jax.random.key_data
+      value = jax.eval_shape(raw, value) if abstract else raw(value)
+    flat[_name(path)] = value
+  return flat
+
+
+def _with_arrays(
+  state: nnx.State, arrays: dict[str, jax.Array], keys: dict[str, str]
+) -> nnx.State:
+  """`state` with these arrays in the place of its own."""
+  flat = []
+  for path, variable in nnx.to_flat_state(state):
+    array = arrays[_name(path)]
+    if _is_key(variable.get_value()):
+      array = jax.random.wrap_key_data(array, impl=keys[_name(path)])
+    flat.append((path, variable.replace(array)))
+  return nnx.from_flat_state(flat)
+
+
+def _key_kinds(state: nnx.State) -> dict[str, str]:
+  return {
+    _name(path): str(jax.random.key_impl(variable.get_value()))
+    for path, variable in nnx.to_flat_state(state)
+    if _is_key(variable.get_value())
+  }
+
+
+def _is_key(value: Any) -> bool:
+  return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return ".".join(map(str, path))
+
+
+def _describe(array: Any) -> list[Any]:
+  return [list(array.shape), np.dtype(array.dtype).name]
+
+
+def _digests(directory: pathlib.Path) -> dict[str, str]:
+  return {
+    file.relative_to(directory).as_posix(): hashlib.sha256(
+      file.read_bytes()
+    ).hexdigest()
+    for file in sorted(directory.rglob("*"))
+    if file.is_file()
+  }
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+  if not (path / _MANIFEST).is_file():
+    raise FileNotFoundError(
+      f"path={path}: no saved model there ({_MANIFEST} is absent)"
+    )
+  try:
+    manifest = json.loads((path / _MANIFEST).read_text())
+    written, files = manifest["format"], manifest["files"]
+    intact = manifest.pop("digest") == _digest(manifest)
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"path={path}: {_MANIFEST} is truncated or altered") from error
+  if written != FORMAT:
+    raise ValueError(
+      f"path={path} has format {written}: this version of asap_jax reads {FORMAT}"
+    )
+  if not intact:
+    raise ValueError(f"path={path}: {_MANIFEST} is truncated or altered")
+  present = _digests(path)
+  broken = [name for name, digest in files.items() if present.get(name) != digest]
+  if broken:
+    raise ValueError(f"path={path}: truncated, altered or absent: {', '.join(broken)}")
+  return manifest
+
+
+def _saved_sites(model: nnx.Module) -> list[dict[str, Any]]:
+  """What stands at every site: a dual map, or Sinkhorn where that was chosen."""
+  sites = [
+    {
+      "path": list(where),
+      "attribute": attribute,
+      "options": _describe_options(dict(held.options)),
+      "features": list(held.dual_map.features),
+      "parameters": {
+        name: _describe(leaf.get_value()) for name, leaf in held.parameters.items()
+      },
+    }
+    for where, module in nnx.iter_modules(model)
+    for attribute, held in vars(module).items()
+    if isinstance(held, AsapAttention)
+  ]
+  return sites + [
+    {
+      "path": list(site.path),
+      "attribute": site.attribute,
+      "options": _describe_options(site.options),
+      "iterations": site.iterations,
+      "implementation": implementation_of(site.function),
+    }
+    for site in find_sinkhorn(model)
+  ]
+
+
+def _blank_function(
+  saved: dict[str, Any], options: dict[str, Any]
+) -> Callable[..., jax.Array]:
+  """What stood at a saved site, with zeros for its arrays."""
+  if "parameters" not in saved:
+    # Models were saved with "scaling" before that form was called "xla".
+    name = {"scaling": "xla"}.get(saved["implementation"], saved["implementation"])
+    chosen = {"iterations": saved["iterations"], "implementation": name}
+    return functools.partial(sinkhorn_attention, **chosen, **options)
+  leaves = {
+    name: jnp.zeros(shape, dtype)
+    for name, (shape, dtype) in saved["parameters"].items()
+  }
+  prefix = "network_"
+  network = {
+    name.removeprefix(prefix): leaves.pop(name)
+    for name in list(leaves)
+    if name.startswith(prefix)
+  }
+  dual_map = DualMap(
+    features=tuple(saved["features"]),
+    network=Network(**network) if network else None,
+    **leaves,
+  )
+  return AsapAttention(dual_map, options)
+
+
+def _describe_options(options: dict[str, Any]) -> dict[str, str]:
+  return {name: repr(value) for name, value in sorted(options.items())}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same_arrays(
+  expected: dict[str, list[Any]], saved: dict[str, list[Any]]
+) -> None:
+  lines = [
+    f"{name}: saved {saved.get(name, 'nothing')}, model {expected.get(name, 'nothing')}"
+    for name in sorted(expected.keys() | saved.keys())
+    if expected.get(name) != saved.get(name)
+  ]
+  if lines:
+    raise ValueError(
+      f"model has another structure than the saved one, in {len(lines)} arrays "
+      f"[shape, dtype]: {'; '.join(lines[:5])}"
+    )

@@ -1,0 +1,210 @@
+"""Finding Sinkhorn attention in an NNX model, recording it, replacing it."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from asap_jax.attention.functions import sinkhorn_attention
+from asap_jax.attention.inputs import Inputs, prepare, restrict
+
+_SIGNATURE = inspect.signature(sinkhorn_attention)
+
+
+class Site(NamedTuple):
+  """A Sinkhorn attention function held by a module of a model.
+
+  Attributes:
+    path: of the module in the model.
+    attribute: of the module that holds the function.
+    function: what it holds: `sinkhorn_attention` or a partial of it.
+    iterations: full iterations that it is bound to.
+    options: its other bound arguments, such as `epsilon`; not `implementation`.
+  """
+
+  path: tuple[str | int, ...]
+  attribute: str
+  function: Callable[..., jax.Array]
+  iterations: int
+  options: dict[str, Any]
+
+  @property
+  def name(self) -> str:
+    """Path, and attribute unless it is Flax's `attention_fn`, in one word."""
+    attribute = () if self.attribute == "attention_fn" else (self.attribute,)
+    return ".".join(map(str, (*self.path, *attribute))) or self.attribute
+
+
+class Activation(NamedTuple):
+  """What one call of a Sinkhorn attention saw, batch axes flattened to one.
+
+  Attributes:
+    query: `[batch, heads, n, dim]`, float32, such that logits are query key^T + bias.
+    key: `[batch, heads, m, dim]`.
+    bias: `[batch, heads, n, m]`, or `None`.
+    query_mask: `[batch, heads or 1, n]`, or `None`.
+    key_mask: `[batch, heads or 1, m]`, or `None`.
+    is_product: whether the mask was the outer product of the two, or `None`.
+  """
+
+  query: jax.Array
+  key: jax.Array
+  bias: jax.Array | None
+  query_mask: jax.Array | None
+  key_mask: jax.Array | None
+  is_product: jax.Array | None
+
+  @property
+  def products(self) -> jax.Array:
+    """query key^T, `[batch, heads, n, m]`."""
+    return jnp.einsum("...nd,...md->...nm", self.query, self.key)
+
+  @property
+  def logits(self) -> jax.Array:
+    """S, `[batch, heads, n, m]`."""
+    return self.products if self.bias is None else self.products + self.bias
+
+
+class _Calls(nnx.Variable):
+  """Activations of the calls of one forward pass."""
+
+
+class _Recorder(nnx.Module):
+  """Calls an attention function and keeps what it saw."""
+
+  calls: _Calls
+
+  def __init__(self, function: Callable[..., jax.Array], options: dict[str, Any]):
+    self.function = function
+    self.options = tuple(options.items())
+
+  def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+    call = _SIGNATURE.bind(*args, **(dict(self.options) | kwargs))
+    call.apply_defaults()
+    given = call.arguments
+    names = ("query", "key", "value", "bias", "dtype", "precision", "scale", "epsilon")
+    inputs = prepare(*(given[name] for name in names))
+    inputs = restrict(inputs, given["mask"], given["is_causal"])
+    earlier = self.calls.get_value() if hasattr(self, "calls") else ()
+    self.calls = _Calls((*earlier, _flatten_batch(inputs)))
+    return self.function(*args, **kwargs)
+
+
+def find_sinkhorn(model: nnx.Module) -> list[Site]:
+  """All attributes, at any depth, that are `sinkhorn_attention` or a partial of it.
+
+  A module that occurs several times in the model is listed once, where it is met first.
+  """
+  sites = []
+  for path, module in nnx.iter_modules(model):
+    for attribute, held in vars(module).items():
+      bound = bound_arguments(held, sinkhorn_attention)
+      if bound is not None:
+        iterations = bound.pop("iterations")
+        bound.pop("implementation", None)
+        where: tuple[Any, ...] = tuple(path)
+        sites.append(Site(where, attribute, held, iterations, bound))
+  return sorted(sites, key=lambda site: [(isinstance(p, str), p) for p in site.path])
+
+
+def implementation_of(function: Callable[..., jax.Array]) -> str:
+  """That of a `sinkhorn_attention` or a partial of it."""
+  keywords = getattr(function, "keywords", {})
+  default = _SIGNATURE.parameters["implementation"].default
+  return keywords.get("implementation", default)
+
+
+def held_at(model: nnx.Module, site: Site) -> Any:
+  """What a model, compiled or not, holds at a site of its teacher."""
+  modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
+  return getattr(modules[site.path], site.attribute)
+
+
+def replace_sites(
+  model: nnx.Module,
+  sites: Sequence[Site],
+  functions: Sequence[Callable[..., jax.Array]],
+) -> nnx.Module:
+  """A copy of `model` with other functions at its sites; the original is untouched."""
+  copy = nnx.clone(model)
+  modules = {tuple(path): module for path, module in nnx.iter_modules(copy)}
+  for site, function in zip(sites, functions, strict=True):
+    held = nnx.data(function) if isinstance(function, nnx.Module) else function
+    setattr(modules[site.path], site.attribute, held)
+  return copy
+
+
+def recorder(
+  model: nnx.Module,
+  sites: Sequence[Site],
+  call: Callable[[nnx.Module, Any], Any],
+) -> Callable[[Any], list[tuple[Activation, ...]]]:
+  """A jitted function of a batch: the activations at each site, one per call of it.
+
+  The model runs as it stands, in evaluation mode (no dropout); it is not changed.
+  """
+  listening = replace_sites(
+    # The plan is the same in the scaling domain, and the forward pass faster.
+    model,
+    sites,
+    [
+      _Recorder(functools.partial(site.function, implementation="xla"), site.options)
+      for site in sites
+    ],
+  )
+  listening.eval()
+  graph, state = nnx.split(listening)
+
+  @jax.jit
+  def record(state, batch):
+    running = nnx.merge(graph, state)
+    call(running, batch)
+    listeners = [held_at(running, site) for site in sites]
+    return [
+      listener.calls.get_value() if hasattr(listener, "calls") else ()
+      for listener in listeners
+    ]
+
+  return functools.partial(record, state)
+
+
+def bound_arguments(
+  held: Any, function: Callable[..., jax.Array]
+) -> dict[str, Any] | None:
+  """Keyword arguments bound to `function`; `None` if `held` is no partial of it.
+
+  Of `sinkhorn_attention`, the default of `iterations` counts as bound.
+  """
+  defaults = {}
+  if function is sinkhorn_attention:
+    defaults["iterations"] = _SIGNATURE.parameters["iterations"].default
+  if held is function:
+    return defaults
+  # Nested partials are flattened by functools itself.
+  if isinstance(held, functools.partial) and held.func is function:
+    return defaults | held.keywords
+  return None
+
+
+def _flatten_batch(inputs: Inputs) -> Activation:
+  batch = inputs.query.shape[:-3]
+
+  def flatten(array: jax.Array, *inner: int) -> jax.Array:
+    return jnp.broadcast_to(array, (*batch, *inner)).reshape(-1, *inner)
+
+  def flatten_mask(mask: jax.Array | None) -> jax.Array | None:
+    return None if mask is None else flatten(mask, *mask.shape[-2:])
+
+  shape = (*inputs.query.shape[-3:-1], inputs.key.shape[-2])
+  return Activation(
+    query=flatten(inputs.query, *inputs.query.shape[-3:]),
+    key=flatten(inputs.key, *inputs.key.shape[-3:]),
+    bias=None if inputs.bias is None else flatten(inputs.bias, *shape),
+    query_mask=flatten_mask(inputs.query_mask),
+    key_mask=flatten_mask(inputs.key_mask),
+    is_product=None if inputs.is_product is None else inputs.is_product.all(),
+  )

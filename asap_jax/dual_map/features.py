@@ -1,0 +1,194 @@
+"""Features of one sequence from which its Sinkhorn query-side dual is predicted.
+
+Every feature is centred over the valid queries of its sequence, since a dual is defined
+up to a constant. Kinds, in this order:
+
+- `potentials`: exact one-dimensional potentials along the slices (Tran, Milkert and
+  Hyde, 2026, "ASAP", arXiv 2605.12879);
+- `query`: the query itself, beyond the paper;
+- `cumulants`: <q_i, mean k> and q_i^T Cov(k) q_i, the first two cumulants of
+  log mean_j exp(S_ij), beyond the paper;
+- `transport`: along each slice where the query is sent, Q_y(u_i), and its product with
+  the projected query: free from the sort, beyond the paper.
+
+Queries here already carry the scale of the logits: S = query key^T.
+"""
+
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from asap_jax.masses import Weights, centre, check_weights, masses, mean, zero_invalid
+from asap_jax.potentials.directions import normalise
+from asap_jax.potentials.kantorovich import sliced_potentials
+
+KINDS = ("potentials", "query", "cumulants", "transport")
+FEATURES = KINDS[:3]
+
+
+def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
+  """Number of columns that the feature kinds have together.
+
+  Raises:
+    ValueError: if a kind is unknown, repeated or out of order.
+  """
+  if not features or tuple(kind for kind in KINDS if kind in features) != features:
+    raise ValueError(f"features={features}: expected some of {KINDS}, in that order")
+  sizes = {"potentials": slices, "query": dim, "cumulants": 2, "transport": 2 * slices}
+  return sum(sizes[kind] for kind in features)
+
+
+def dual_features(
+  query: Float[Array, "*batch heads n dim"],
+  key: Float[Array, "*batch heads m dim"],
+  directions: Float[Array, "heads slices dim"],
+  features: tuple[str, ...] = FEATURES,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Float[Array, "*batch heads n features"]:
+  """Features of each query, centred over the valid queries, zero at the others.
+
+  Works under jit, vmap and grad, through the sort and in the directions too.
+
+  Args:
+    query: `[..., heads, n, dim]`, scaled such that the logits are `query key^T`.
+    key: `[..., heads, m, dim]`.
+    directions: slices per head, normalised here.
+    features: kinds of features (module docstring).
+    query_weights: `None`, mask or masses, `[..., heads or 1, n]`.
+    key_weights: likewise, `[..., heads or 1, m]`.
+
+  Returns:
+    Features, float32 or better.
+
+  Raises:
+    ValueError: if weights do not fit or `features` is not understood.
+  """
+  return features_of(
+    query, key, directions, features, query_weights, key_weights
+  ).columns
+
+
+class Features(NamedTuple):
+  """Features of a sequence in parts, before they are centred.
+
+  Neither joining them nor centring costs a pass over all of them that way, and what XLA
+  can fuse with the attention stays apart.
+
+  Attributes:
+    parts: `[..., heads, n, columns]` each, zero at absent queries.
+    weights: of the queries.
+  """
+
+  parts: tuple[Array, ...]
+  weights: Weights
+
+  @property
+  def columns(self) -> Float[Array, "*batch heads n features"]:
+    """All features side by side, centred."""
+    return jnp.concatenate(
+      [centre(part, self.weights, axis=-2) for part in self.parts], axis=-1
+    )
+
+  def times(
+    self, kernel: Float[Array, "*#batch heads features width"]
+  ) -> Float[Array, "*batch heads n width"]:
+    """The features times a kernel, not centred."""
+    products, first = [], 0
+    for part in self.parts:
+      last = first + part.shape[-1]
+      products.append(times(part, kernel[..., first:last, :]))
+      first = last
+    return functools.reduce(operator.add, products)
+
+  def variances(self) -> Float[Array, "*batch heads features"]:
+    """Of each feature over the valid queries."""
+    squares = [centre(part, self.weights, axis=-2) ** 2 for part in self.parts]
+    found = [mean(square, self.weights, axis=-2) for square in squares]
+    return jnp.concatenate(found, axis=-1)[..., 0, :]
+
+
+def features_of(
+  query: Array,
+  key: Array,
+  directions: Array,
+  features: tuple[str, ...],
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+  products: Array | None = None,
+) -> Features:
+  """`dual_features` in parts; `products` is query key^T, where it is at hand."""
+  feature_count(features, *directions.shape[-2:])
+  check_weights("query_weights", query_weights, query.shape[-2])
+  check_weights("key_weights", key_weights, key.shape[-2])
+  dtype = jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
+  query = zero_invalid(query.astype(dtype), query_weights, axis=-2)
+  key = zero_invalid(key.astype(dtype), key_weights, axis=-2)
+  parts: dict[str, list[Array]] = {"query": [query]}
+  if "potentials" in features or "transport" in features:
+    sliced, projected = sliced_potentials(
+      query, key, normalise(directions.astype(dtype)), query_weights, key_weights
+    )
+    phi, moved, x = (
+      jnp.swapaxes(a, -1, -2) for a in (sliced.phi, sliced.transport, projected)
+    )
+    parts |= {"potentials": [phi], "transport": [moved, moved * x]}
+  if "cumulants" in features:
+    both = _cumulants(query, key, key_weights, products)
+    parts["cumulants"] = [zero_invalid(a, query_weights, axis=-2) for a in both]
+  return Features(
+    tuple(part for kind in features for part in parts[kind]), query_weights
+  )
+
+
+def einsum(subscripts: str, *operands: Array) -> Array:
+  """`jnp.einsum` in full: duals reach hundreds, where TF32 is off by a tenth."""
+  return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+def times(inputs: Array, kernel: Array) -> Array:
+  """inputs kernel, `[..., n, width]`, of inputs `[..., n, inputs]`."""
+  if kernel.shape[-2] == 1:  # no product of matrices: XLA fuses it with anything
+    return inputs * kernel
+  # A kernel for all of the batch: with one for a head, XLA would transpose the inputs.
+  kernel = jnp.broadcast_to(kernel, (*inputs.shape[:-2], *kernel.shape[-2:]))
+  return einsum("...np,...pw->...nw", inputs, kernel)
+
+
+def _cumulants(
+  query: Array, key: Array, key_weights: Weights, products: Array | None
+) -> list[Array]:
+  """Both cumulants, `[..., n, 1]` each."""
+  size, dim = key.shape[-2:]
+  by_key = None if key_weights is None else key_weights[..., None, :]
+  if products is not None:
+    first = mean(products, by_key)
+    return [first, mean((products - first) ** 2, by_key)]
+  average = mean(key, key_weights, axis=-2)
+  first = einsum("...nd,...md->...nm", query, average)
+  centred = centre(key, key_weights, axis=-2)
+  mass = masses(key_weights, size)
+  if size > 2 * dim:  # fewer products, in one pass more
+    weighted = centred * mass[..., None]
+    covariance = einsum("...md,...me->...de", weighted, centred)
+    moved = einsum("...nd,...de->...ne", query, covariance)
+    second = _inner(moved, query, jnp.ones(dim, query.dtype))
+    return [first, second[..., None]]
+  # Roots of the masses at the keys: nothing stands between the product and its squares,
+  # and XLA keeps it in registers on a CPU.
+  scaled = centred * jnp.sqrt(mass)[..., None]
+  deviation = einsum("...nd,...md->...nm", query, scaled)
+  return [first, jnp.sum(deviation * deviation, axis=-1, keepdims=True)]
+
+
+def _inner(a: Array, b: Array, mass: Array) -> Array:
+  """Inner products along the last axis, as a product that XLA does well on a CPU.
+
+  Reductions of many short rows, fused with what comes before, take it ten times longer.
+  """
+  product = jax.lax.optimization_barrier(a * b)
+  return einsum("...nd,...d->...n", product, mass)

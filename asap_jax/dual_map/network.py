@@ -1,0 +1,146 @@
+"""The nonlinear part of a dual map: a small network that sees the whole sequence.
+
+What a token's dual is depends on who else competes for its keys. Each sequence is
+therefore summed up in a context: the means over its tokens of learned encodings of
+queries and keys (Zaheer et al., 2017, "Deep Sets"), and how far each feature spreads.
+One hidden layer takes a token's features and that context:
+
+  e_i = relu(q_i Q + a),  d_j = relu(k_j K + b),
+  c = (mean e, mean d, deviations of x),
+  f_i = f_linear_i + relu(x_i X + (c - s) C + h) . o
+
+with x_i the token's features and s a constant, the context of a typical sequence.
+Beyond the paper, whose map is linear.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from asap_jax.dual_map.features import Features, einsum, times
+from asap_jax.masses import Weights, centre, mean, zero_invalid
+
+# Keeps the gradient of the deviation of a feature that does not vary finite.
+_VARIANCE_FLOOR = 1e-12
+
+# An array; anything in a tree that JAX or Optax maps over.
+Leaf = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """Parameters of the network of one layer: a pytree; names as in the module docstring.
+
+  Attributes:
+    query_kernel: Q, `[heads, dim, encoding]`.
+    query_bias: a, `[heads, encoding]`.
+    key_kernel: K, `[heads, dim, encoding]`.
+    key_bias: b, `[heads, encoding]`.
+    feature_kernel: X, `[heads, features, hidden]`.
+    context_kernel: C, `[heads, 2 encoding + features, hidden]`.
+    context_shift: s, `[heads, 2 encoding + features]`; its gradient is zero.
+    hidden_bias: h, `[heads, hidden]`.
+    output: o, `[heads, hidden]`.
+  """
+
+  query_kernel: Leaf
+  query_bias: Leaf
+  key_kernel: Leaf
+  key_bias: Leaf
+  feature_kernel: Leaf
+  context_kernel: Leaf
+  context_shift: Leaf
+  hidden_bias: Leaf
+  output: Leaf
+
+
+def init_network(
+  rng: jax.Array, heads: int, dim: int, features: int, hidden: int
+) -> Network:
+  """A network whose output is zero, for inputs of unit deviation.
+
+  Args:
+    rng: PRNG key.
+    heads: number of heads.
+    dim: head dimension.
+    features: columns of features.
+    hidden: units of the hidden layer; half as many encode queries, and keys.
+
+  Raises:
+    ValueError: if `hidden` is below two.
+  """
+  if hidden < 2:
+    raise ValueError(f"hidden={hidden}: expected at least two units, or 0 for none")
+  encoding = hidden // 2
+  context = 2 * encoding + features
+  keys = iter(jax.random.split(rng, 6))
+
+  def normal(*shape, scale):
+    return scale * jax.random.normal(next(keys), (heads, *shape))
+
+  return Network(
+    query_kernel=normal(dim, encoding, scale=dim**-0.5),
+    query_bias=normal(encoding, scale=0.5),
+    key_kernel=normal(dim, encoding, scale=dim**-0.5),
+    key_bias=normal(encoding, scale=0.5),
+    feature_kernel=normal(features, hidden, scale=features**-0.5),
+    context_kernel=normal(context, hidden, scale=context**-0.5),
+    context_shift=jnp.zeros((heads, context)),
+    hidden_bias=jnp.zeros((heads, hidden)),
+    output=jnp.zeros((heads, hidden)),
+  )
+
+
+def context_of(
+  network: Network,
+  features: Features,
+  query: Float[Array, "*batch heads n dim"],
+  key: Float[Array, "*batch heads m dim"],
+  key_weights: Weights = None,
+) -> Float[Array, "*batch heads context"]:
+  """The context c of each sequence and head; arguments as in `apply_network`."""
+  queries = _encoding(query, features.weights, network.query_kernel, network.query_bias)
+  keys = _encoding(key, key_weights, network.key_kernel, network.key_bias)
+  deviations = jnp.sqrt(features.variances() + _VARIANCE_FLOOR)
+  return jnp.concatenate([queries, keys, deviations], axis=-1)
+
+
+def apply_network(
+  network: Network,
+  features: Features,
+  query: Float[Array, "*batch heads n dim"],
+  key: Float[Array, "*batch heads m dim"],
+  key_weights: Weights = None,
+) -> Float[Array, "*batch heads n"]:
+  """What the network adds to the dual, centred over the valid queries.
+
+  Works under jit, vmap and grad. Queries or keys with weight zero change nothing.
+
+  Args:
+    network: parameters.
+    features: of the queries, and their weights.
+    query: `[..., heads, n, dim]`.
+    key: `[..., heads, m, dim]`.
+    key_weights: `None`, mask or masses, `[..., heads or 1, m]`.
+  """
+  context = context_of(network, features, query, key, key_weights)
+  context = context - jax.lax.stop_gradient(network.context_shift)
+  offset = einsum("...hc,hcw->...hw", context, network.context_kernel)
+  offset = (offset + network.hidden_bias)[..., None, :]
+  products = centre(features.times(network.feature_kernel), features.weights, axis=-2)
+  hidden = jax.nn.relu(products + offset)
+  return centre(times(hidden, network.output[..., None])[..., 0], features.weights)
+
+
+def _encoding(
+  tokens: Array, weights: Weights, kernel: Array, bias: Array
+) -> Float[Array, "*batch heads encoding"]:
+  """Mean of relu(kernel^T token + bias) over the valid tokens."""
+  # Padding may hold anything: none of it may reach a gradient.
+  tokens = zero_invalid(tokens, weights, axis=-2)
+  units = jax.nn.relu(times(tokens, kernel) + bias[..., None, :])
+  return mean(units, weights, axis=-2)[..., 0, :]

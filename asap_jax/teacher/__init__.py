@@ -1,0 +1,10 @@
+"""The teacher: OTT-JAX's Sinkhorn, its exact gradient, and starts for its iterations.
+
+`sinkhorn` runs a fixed number of iterations, `gradient` differentiates them, and
+`initializer` starts any OTT-JAX problem between point clouds at sliced potentials. OTT
+is imported where it runs, so that compiled models are served without it.
+"""
+
+from asap_jax.teacher.sinkhorn import sinkhorn_duals, sinkhorn_source_dual
+
+__all__ = ["sinkhorn_duals", "sinkhorn_source_dual"]

@@ -1,0 +1,163 @@
+"""The teacher: Sinkhorn's algorithm from OTT-JAX, for a fixed number of iterations.
+
+A full iteration is g from f, then f from g, started at f = 0; some papers count the
+two halves. One iteration from f = 0 is not softmax: softmax is the second half alone.
+
+OTT-JAX is imported where it runs, so that compiled models are served without it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from asap_jax.c_transform.entropic import Duals
+from asap_jax.c_transform.scaling_domain import scaled_plan
+from asap_jax.masses import (
+  Weights,
+  check_weights,
+  masses,
+  valid,
+  valid_pairs,
+  zero_invalid,
+)
+from asap_jax.teacher.gradient import unrolled_cotangents
+
+
+def sinkhorn_duals(
+  logits: Float[Array, "*batch n m"],
+  iterations: int,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+  init: Float[Array, "..."] | None = None,
+) -> Duals:
+  """Duals after a fixed number of full Sinkhorn iterations (OTT-JAX, log domain).
+
+  Works under jit, vmap and grad: reverse mode gives the exact gradient of all the
+  iterations, converged or not, in memory that does not grow with their number; it is
+  zero at absent points. Forward mode (`jax.jvp`) is not supported.
+
+  Args:
+    logits: S, `[..., n, m]`.
+    iterations: full iterations, at least one.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: likewise, `[..., m]`.
+    init: query-side dual to start at, `[..., n]`; zero by default.
+
+  Returns:
+    `Duals` in this package's convention (see `c_transform`): rows of the plan are
+    exact, all remaining error is in its columns.
+
+  Raises:
+    ValueError: if `iterations` is below one or the weights do not fit the logits.
+  """
+  if iterations < 1:
+    raise ValueError(f"iterations={iterations}: expected at least one full iteration")
+  n, m = logits.shape[-2:]
+  check_weights("query_weights", query_weights, n)
+  check_weights("key_weights", key_weights, m)
+  batch = logits.shape[:-2]
+  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  pairs = valid_pairs(query_weights, key_weights)
+  logits = logits.astype(dtype)
+  if pairs is not None:
+    logits = jnp.where(pairs, logits, 0.0)
+  a, b = masses(query_weights, n), masses(key_weights, m)
+  f = jnp.zeros((n,), dtype) if init is None else init.astype(dtype)
+  f, a = (jnp.broadcast_to(array, (*batch, n)) for array in (f, a))
+  b = jnp.broadcast_to(b, (*batch, m))
+
+  f, g = _iterate(iterations, logits, a, b, f)
+  # OTT's plan sums to one, ours to the number of valid queries.
+  mask = valid(query_weights)
+  count = n if mask is None else mask.sum(-1, keepdims=True)
+  return Duals(
+    zero_invalid(f, query_weights),
+    zero_invalid(g + jnp.log(jnp.maximum(count, 1).astype(dtype)), key_weights),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _iterate(
+  iterations: int, logits: Array, a: Array, b: Array, start: Array
+) -> tuple[Array, Array]:
+  """OTT's duals of masses a `[..., n]` and b `[..., m]`, in OTT's convention.
+
+  The gradient is not OTT's: implicit gradients are NaN at zero weights and assume
+  convergence, and unrolled ones (OTT 0.6) are wrong over several blocks of iterations.
+  """
+  from ott.geometry import geometry
+  from ott.problems.linear import linear_problem
+  from ott.solvers.linear import sinkhorn as ott_sinkhorn
+
+  # Blocks of one iteration: OTT's default of ten would round other counts.
+  solver = ott_sinkhorn.Sinkhorn(
+    inner_iterations=1,
+    min_iterations=iterations,
+    max_iterations=iterations,
+    threshold=0.0,
+    implicit_diff=None,
+  )
+
+  def solve(logits, a, b, start):
+    problem = linear_problem.LinearProblem(
+      geometry.Geometry(cost_matrix=-logits, epsilon=1.0), a=a, b=b
+    )
+    # An absent query takes no part in the first sum either.
+    start = jnp.where(a > 0, start, -jnp.inf)
+    output = solver(problem, init=(start, jnp.zeros_like(b)))
+    return output.f, output.g
+
+  for _ in logits.shape[:-2]:
+    solve = jax.vmap(solve)
+  return solve(logits, a, b, start)
+
+
+def _iterate_forward(iterations, logits, a, b, start):
+  f, g = _iterate(iterations, logits, a, b, start)
+  return (f, g), (logits, a, b, start, f, g)
+
+
+def _iterate_backward(iterations, residuals, cotangents):
+  arguments = (*residuals, *cotangents, iterations)
+  return tuple(unrolled_cotangents(*arguments))
+
+
+_iterate.defvjp(_iterate_forward, _iterate_backward)
+
+
+def sinkhorn_source_dual(
+  logits: Float[Array, "*batch n m"],
+  iterations: int,
+  query_weights: Weights = None,
+  key_weights: Weights = None,
+) -> Float[Array, "*batch n"]:
+  """The query-side dual that the last of `iterations` full iterations consumed.
+
+  Closing it (`asap_jax.c_transform.closure`) gives back the plan of all `iterations`,
+  converged or not: the target of calibration, computed in the scaling domain, which is
+  several times faster than `sinkhorn_duals`. Works under jit, vmap and grad.
+
+  Args:
+    logits: see `sinkhorn_duals`, as all arguments.
+    iterations: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+
+  Returns:
+    f, `[..., n]`, zero on absent queries; zero everywhere for a single iteration.
+
+  Raises:
+    ValueError: as in `sinkhorn_duals`.
+  """
+  if iterations < 1:
+    raise ValueError(f"iterations={iterations}: expected at least one full iteration")
+  check_weights("query_weights", query_weights, logits.shape[-2])
+  check_weights("key_weights", key_weights, logits.shape[-1])
+  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  start = jnp.zeros(logits.shape[:-1], dtype)
+  if iterations == 1:
+    return start
+  before = scaled_plan(logits, start, iterations - 1, query_weights, key_weights)
+  return before.duals.f

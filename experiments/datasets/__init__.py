@@ -1,0 +1,1 @@
+"""Data sets from TFDS, as arrays and batches."""

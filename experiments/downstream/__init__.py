@@ -1,0 +1,1 @@
+"""Trained Transformers on texts or images, and what replaces their attention."""

@@ -1,0 +1,195 @@
+"""Data of the downstream experiment: what is trained on, chosen by, and shifted to."""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.datasets.examples import Examples, Texts, read_many
+from experiments.datasets.loaders import Batch, Transform, loader
+from experiments.datasets.prepare import Prepared, prepare
+from experiments.datasets.tasks import Task, load_task
+from experiments.datasets.text import encode, tokenizer_for
+from experiments.downstream.presets import SMALL_SIDE, Preset, patch_of
+
+# Of everything but training: one size compiles once.
+BATCH = 64
+# Of the training split, to choose by: a tenth, but no more than this.
+MOST_HELD_OUT = 15 * BATCH
+
+Source = Mapping[str, np.ndarray] | Examples
+
+
+class Data(NamedTuple):
+  """A data set, its training split in two.
+
+  Attributes:
+    prepared: the data set; `test` is its own.
+    train: what is trained on.
+    held_out: the rest of the training split, to choose the best parameters by.
+  """
+
+  prepared: Prepared
+  train: Source
+  held_out: Source
+
+
+def load(
+  task: Task, preset: Preset, cache: pathlib.Path, test_limit: int | None = None
+) -> Data:
+  """Encodes or decodes a data set, and holds out a part of its training split.
+
+  Raises:
+    ValueError: if the training split has fewer than ten examples; or see `prepare`.
+  """
+  prepared = prepare(
+    task,
+    length=preset.length,
+    vocabulary=preset.vocabulary,
+    image_size=image_size_of(task, preset),
+    cache=cache,
+    limit_test=test_limit,
+    keep=preset.keep,
+  )
+  count = count_of(prepared.train)
+  if count < 10:
+    raise ValueError(f"{task.name}: {count} training examples, expected at least 10")
+  held_out = min(MOST_HELD_OUT, count // 10)
+  held_out -= held_out % BATCH if held_out > BATCH else 0
+  # The same for all seeds, of which the models differ.
+  order = np.random.default_rng(0).permutation(count)
+  return Data(
+    prepared,
+    take(prepared.train, np.sort(order[held_out:])),
+    take(prepared.train, np.sort(order[:held_out])),
+  )
+
+
+def image_size_of(task: Task, preset: Preset) -> int | None:
+  """That of the preset, or `None` for small square images that patches divide."""
+  if task.kind == "text":
+    return None
+  height, width, _ = task.train[0]["input"].shape
+  fits = height == width <= SMALL_SIDE and not height % patch_of(preset, height)
+  return None if fits else preset.image_size
+
+
+def count_of(source: Source) -> int:
+  """Number of examples."""
+  return len(source["label"]) if isinstance(source, Mapping) else len(source)
+
+
+def take(source: Source, indices: np.ndarray) -> Source:
+  """Some examples, in the order of `indices`."""
+  if isinstance(source, Mapping):
+    return {name: array[indices] for name, array in source.items()}
+  return _Taken(source, indices)
+
+
+class _Taken:
+  """Some examples of a sequence that decodes when asked."""
+
+  def __init__(self, examples: Examples, indices: np.ndarray):
+    self._examples, self._indices = examples, indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self._examples[int(self._indices[index])]
+
+  def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
+    return read_many(self._examples, self._indices[np.asarray(indices)])
+
+
+def training_batches(data: Data, batch_size: int, seed: int):
+  """An endless iterator of shuffled, augmented batches, with a state to go on from."""
+  transform = data.prepared.train_transform
+  return loader(data.train, batch_size, seed=seed, transform=transform)
+
+
+def ordered_batches(source: Source, transform: Transform | None) -> Iterator[Batch]:
+  """Every example once, in order, in batches of `BATCH` but for the last."""
+  return loader(source, BATCH, seed=0, shuffle=False, epochs=1, transform=transform)
+
+
+def whole_batches(
+  source: Source, transform: Transform | None, count: int
+) -> list[Batch]:
+  """Unlabelled inputs, at most `count` of them spread evenly, in equal batches.
+
+  Fewer than two batches of `BATCH` are made two smaller ones.
+  """
+  there = count_of(source)
+  count = min(count, there)
+  size = min(BATCH, count // 2)
+  count -= count % size
+  spread = np.arange(count) * there // count
+  found = loader(
+    take(source, spread), size, seed=0, shuffle=False, epochs=1, transform=transform
+  )
+  return [
+    {name: part for name, part in batch.items() if name != "label"} for batch in found
+  ]
+
+
+def foreign_batches(
+  name: str,
+  task: Task,
+  data: Data,
+  preset: Preset,
+  cache: pathlib.Path,
+  data_dir: pathlib.Path | None,
+) -> list[Batch]:
+  """Training inputs of another data set, as the teacher of this one reads them.
+
+  Texts are encoded by the teacher's tokenizer, images standardised by its statistics.
+
+  Raises:
+    ValueError: if it is of another kind, or its images of another shape.
+  """
+  other = load_task(name, data_dir=data_dir)
+  if other.kind != task.kind:
+    raise ValueError(
+      f"--shift-dataset {name} holds {other.kind}s: {task.name} holds {task.kind}s"
+    )
+  if task.kind == "text":
+    tokenizer = tokenizer_for(
+      texts_of(task.train), preset.vocabulary, cache, name=task.name
+    )
+    texts = texts_of(other.train)
+    spread = np.arange(min(preset.calibration, len(texts))) * len(texts)
+    chosen = [texts[i] for i in spread // len(spread)]
+    ids, valid = encode(tokenizer, chosen, preset.length, keep=preset.keep)
+    return whole_batches(
+      {"ids": ids, "valid": valid, "label": np.zeros(len(ids), np.int32)},
+      None,
+      preset.calibration,
+    )
+  own = data.prepared.image_shape
+  assert own is not None
+  found = prepare(
+    other,
+    length=preset.length,
+    vocabulary=preset.vocabulary,
+    image_size=own[0],
+    cache=cache,
+    limit_train=preset.calibration,
+    limit_test=1,
+  )
+  foreign = found.image_shape
+  assert foreign is not None
+  if foreign[-1] != own[-1]:
+    raise ValueError(
+      f"--shift-dataset {name} has images of {foreign[-1]} channels: "
+      f"{task.name} has {own[-1]}"
+    )
+  return whole_batches(found.train, data.prepared.test_transform, preset.calibration)
+
+
+def texts_of(examples: Examples) -> list[str]:
+  """All texts of a split."""
+  if isinstance(examples, Texts):
+    return examples.texts
+  return [examples[i]["input"] for i in range(len(examples))]

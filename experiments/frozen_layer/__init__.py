@@ -1,0 +1,1 @@
+"""Every attention of a frozen teacher replaced, without retraining."""

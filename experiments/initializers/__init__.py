@@ -1,0 +1,1 @@
+"""Starts of Sinkhorn's iterations compared."""

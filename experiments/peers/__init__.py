@@ -1,0 +1,1 @@
+"""Attentions trained from scratch on digits, with one budget."""

@@ -1,0 +1,114 @@
+"""What `experiments.peers` measures of trained models: plans, time and memory."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from asap_jax import metrics
+from experiments.common.digits import Split, batches_of
+from experiments.common.timing import time_interleaved
+from experiments.common.train import accuracy
+
+BATCH, REPEATS = 120, 15
+_OF_PLANS = ("row_error", "column_error", "attention_sink_share", "rank_residual")
+
+
+def measure(model: nnx.Module, test: Split) -> dict[str, Any]:
+  """Accuracy, and what the plans do to the test images; means over all of them."""
+  observe = functools.partial(_observed, *nnx.split(model))
+  batches = batches_of(test.inputs, BATCH, keep_rest=True)
+  found = [jax.tree.map(np.asarray, observe(batch)) for batch in batches]
+  sizes = [len(batch) for batch in batches]
+  means = jax.tree.map(lambda *x: np.average(x, axis=0, weights=sizes), *found)
+  means = {name: value.tolist() for name, value in means.items()}
+  return {"accuracy": accuracy(model, test, BATCH), **means, "n_test": sum(sizes)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _observed(graph: nnx.GraphDef, state: nnx.State, inputs: jax.Array):
+  trace = nnx.capture(
+    lambda model: model.states(inputs, sow_weights=True), nnx.Intermediate
+  )
+  states, sown = trace(nnx.merge(graph, state))
+  plans = jnp.stack(jax.tree.leaves(sown))
+  return {
+    "row_error": metrics.row_error(plans).mean(),
+    "column_error": metrics.column_error(plans).mean(),
+    "attention_sink_share": metrics.attention_sink_share(plans).mean(),
+    "rank_residual": metrics.rank_residual(jnp.stack(states)).mean(-1),
+  }
+
+
+def pooled(measured: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+  """A row from the measurements of all seeds; `None` where training failed."""
+  found = [each for each in measured if each is not None]
+  accuracies = [each["accuracy"] for each in found]
+  spread = {"accuracy_std": float(np.std(accuracies, ddof=1))} if found[1:] else {}
+  means = {n: np.mean([each[n] for each in found], axis=0).tolist() for n in _OF_PLANS}
+  return {
+    "accuracy": float(np.mean(accuracies)),
+    **spread,
+    "accuracies": [None if each is None else each["accuracy"] for each in measured],
+    **means,
+    "n_test": found[0]["n_test"],
+  }
+
+
+def cost_of(models: Mapping[str, nnx.Module], test: Split) -> dict[str, dict[str, Any]]:
+  """Time and temporary memory of a forward pass and of a training step, on a batch.
+
+  A step is the loss and the gradients of all parameters, without the optimizer, which
+  is the same for all.
+  """
+  batch = Split(*(part[:BATCH] for part in test))
+  calls, temp = {}, {}
+  for name, model in models.items():
+    for kind, run in _compiled(model, batch).items():
+      calls[name, kind], temp[name, kind] = run
+  times = time_interleaved(calls, REPEATS)
+  base = times.get(("softmax", "forward"))
+  costs = {}
+  for name in models:
+    forward, step = times[name, "forward"], times[name, "step"]
+    costs[name] = {
+      "milliseconds": forward.median,
+      "quartiles": list(forward.quartiles),
+      "temp_bytes": temp[name, "forward"],
+      "step_milliseconds": step.median,
+      "step_quartiles": list(step.quartiles),
+      "step_temp_bytes": temp[name, "step"],
+    }
+    if base is not None:
+      costs[name]["ratio_to_softmax"] = forward.median / base.median
+  return costs
+
+
+def _compiled(
+  model: nnx.Module, batch: Split
+) -> dict[str, tuple[Callable[[], Any], int | None]]:
+  """A forward pass and a training step: calls, and bytes that XLA needs besides."""
+  graph, *states = nnx.split(model, nnx.Param, ...)
+  params, rest = states
+
+  def forward(params, inputs, labels):
+    return nnx.merge(graph, params, rest)(inputs)
+
+  def loss(params, inputs, labels):
+    logits = forward(params, inputs, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  found: dict[str, tuple[Callable[[], Any], int | None]] = {}
+  arguments = jax.tree.map(jnp.asarray, (params, *batch))
+  functions = {"forward": forward, "step": jax.value_and_grad(loss)}
+  for kind, function in functions.items():
+    run = jax.jit(function).lower(*arguments).compile()
+    analysis = run.memory_analysis()
+    temp = None if analysis is None else int(analysis.temp_size_in_bytes)
+    found[kind] = functools.partial(run, *arguments), temp
+  return found

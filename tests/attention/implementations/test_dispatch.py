@@ -1,0 +1,375 @@
+"""One harness for all implementations of the fused attention, and the choice of one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import references
+from helpers.fused_stand_in import fused
+
+from asap_jax import AsapAttention, DualMap, asap_attention, sinkhorn_attention
+from asap_jax.attention import inputs as attention_inputs
+from asap_jax.attention.implementations import chunked
+from asap_jax.attention.implementations import cudnn_sums as fused_calls
+from asap_jax.attention.implementations import dispatch as implementations
+from asap_jax.attention.implementations.chunked import chunked_attention
+from asap_jax.attention.implementations.cudnn import cudnn_attention
+from asap_jax.attention.implementations.dispatch import available, choose
+from asap_jax.attention.implementations.xla import scaled_attention
+
+BATCH, HEADS, N, M, DIM, VALUES = 4, 2, 10, 13, 4, 3
+RANDOM = np.random.default_rng(0)
+# A power of two, so that scaling rounds nothing.
+SCALE = 0.5
+SHAPES = ((N, DIM), (M, DIM), (M, VALUES), (N,), (N, VALUES))
+*INPUTS, COTANGENT = (
+  jnp.asarray(RANDOM.normal(size=(BATCH, HEADS, *shape)), jnp.float32)
+  for shape in SHAPES
+)
+TANGENTS = [RANDOM.normal(size=x.shape) for x in INPUTS]
+QUERY_MASK = (jnp.arange(N) < jnp.asarray([7, 10, 8, 9])[:, None])[:, None]
+# Holes, not only suffixes.
+KEY_MASK = jnp.asarray(RANDOM.random((BATCH, 1, M)) < 0.7)
+OMEGA = jnp.asarray([[1.5], [0.8]])
+DUAL_MAP = DualMap(
+  *(
+    jnp.asarray(RANDOM.normal(size=(HEADS, *shape)), jnp.float32)
+    for shape in ((2, DIM), (2 + DIM + 2,))
+  )
+)
+CASES = {
+  "plain": (1, (), {}),
+  "masked": (2, (QUERY_MASK, KEY_MASK), {"relaxation": OMEGA}),
+}
+
+
+def wide(query, key, *rest, scale, **options):
+  query, key = (x.astype(jnp.float32) for x in (query, key))
+  return scaled_attention(scale * query, key, *rest, **options)
+
+
+def narrow(query, *rest, scale, **options):
+  return chunked_attention(scale * query, *rest, **options)
+
+
+on_cpu = functools.partial(cudnn_attention, fused=fused)
+# Budgets such that pairs of batch elements, or single heads, are worked off one after
+# another, and each in chunks of four points (13 = 4 + 4 + 4 + 1).
+BUDGETS = {"pairs": 2 * HEADS * M * 4, "heads": 1}
+PROGRAMS = {
+  "xla float32": (wide, jnp.float32, "plain"),
+  "xla bfloat16": (wide, jnp.bfloat16, "masked"),
+  "chunked float32": (narrow, jnp.float32, "plain"),
+  "chunked bfloat16": (narrow, jnp.bfloat16, "masked"),
+  "chunked pairs": (narrow, jnp.float32, "masked"),
+  "chunked heads": (narrow, jnp.float32, "masked"),
+  "cudnn bfloat16": (on_cpu, jnp.bfloat16, "plain"),
+  "cudnn masked": (on_cpu, jnp.bfloat16, "masked"),
+  "cudnn float16": (on_cpu, jnp.float16, "masked"),
+  "gpu plain": (cudnn_attention, jnp.bfloat16, "plain"),
+  "gpu masked": (cudnn_attention, jnp.bfloat16, "masked"),
+  "gpu float16": (cudnn_attention, jnp.float16, "masked"),
+}
+gpu = [
+  pytest.mark.gpu,
+  pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+]
+everyone = pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=gpu if n.startswith("gpu") else []) for n in PROGRAMS],
+)
+
+
+@functools.cache
+def program(name):
+  """Output and gradients of one implementation, compiled once."""
+  function, _, case = PROGRAMS[name]
+  count, masks, options = CASES[case]
+
+  @jax.jit
+  def run(*inputs):
+    def loss(*inputs):
+      out = function(*inputs, count, *masks, scale=SCALE, **options)
+      return jnp.vdot(COTANGENT, out.astype(jnp.float32)), out
+
+    gradients, out = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*inputs)
+    return out, gradients
+
+  with pytest.MonkeyPatch.context() as patch:
+    # Fewer points of reference than points.
+    patch.setattr(fused_calls, "_REFERENCES", 4)
+    patch.setattr(chunked, "_LEAST_CHUNK", 4)
+    budget = BUDGETS.get(name.split()[-1], 2**20)
+    patch.setattr(chunked, "_CPU_BUDGET", budget)
+    return run.lower(*given(name)).compile()
+
+
+def given(name, padding=0.0):
+  """Inputs in the dtype of a program, with something in the padding."""
+  _, dtype, case = PROGRAMS[name]
+  inputs = [x.astype(dtype) for x in INPUTS[:3]]
+  if case == "masked":
+    masks = QUERY_MASK, KEY_MASK, KEY_MASK
+    inputs = [
+      jnp.where(mask[..., None], x, padding).astype(dtype)
+      for x, mask in zip(inputs, masks, strict=True)
+    ]
+  return *inputs, INPUTS[3]
+
+
+def expected(name, inputs):
+  count, masks, options = CASES[PROGRAMS[name][2]]
+  query, *rest = (np.float64(x) for x in inputs)
+  return references.closed_values(SCALE * query, *rest, count, *masks, **options)
+
+
+@everyone
+def test_values_against_float64(name):
+  inputs = given(name)
+  out, _ = program(name)(*inputs)
+  assert out.dtype == PROGRAMS[name][1]
+  # Rows of weights sum to one: an error of the duals or of rounding, times the values.
+  tolerance = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 2e-2}[str(out.dtype)]
+  out = np.float64(out)
+  np.testing.assert_allclose(out, expected(name, inputs), atol=tolerance)
+  if PROGRAMS[name][2] == "masked":
+    absent = ~np.asarray(jnp.broadcast_to(QUERY_MASK, out.shape[:-1]))
+    np.testing.assert_array_equal(out[absent], 0)
+
+
+@everyone
+def test_gradients_against_float64(name):
+  inputs = given(name)
+  _, slopes = program(name)(*inputs)
+  tolerance = {"float32": 1e-4}.get(str(inputs[0].dtype), 2e-2)
+  for place, (slope, tangent) in enumerate(zip(slopes, TANGENTS, strict=True)):
+    assert slope.dtype == inputs[place].dtype
+
+    def moved(step, place=place, tangent=tangent):
+      points = [np.float64(x) for x in inputs]
+      points[place] += step * tangent
+      return np.vdot(COTANGENT, expected(name, points))
+
+    wanted = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    size = np.linalg.norm(np.float64(slope))
+    assert size > 0.1
+    actual = np.vdot(np.float64(slope), tangent)
+    np.testing.assert_allclose(actual, wanted, atol=tolerance * size)
+
+
+@everyone
+def test_twice_gives_the_same_bits(name):
+  first, second = (program(name)(*given(name)) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=gpu if n.startswith("gpu") else [])
+    for n, (*_, case) in PROGRAMS.items()
+    if case == "masked" and not n.startswith("xla")
+  ],
+)
+def test_padding_that_is_not_finite_reaches_nothing(name):
+  clean, dirty = (program(name)(*given(name, padding)) for padding in (0.0, jnp.nan))
+  jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+
+
+def chosen(n, m, heads=2, dim=64, dtype=jnp.bfloat16, name=None, **options):
+  """The choice for `[1, heads, n or m, dim]`, which are traced and never made."""
+  names = []
+
+  def trace(*inputs):
+    names.append(choose(name, *inputs, **options))
+
+  shapes = [jax.ShapeDtypeStruct((1, heads, size, dim), dtype) for size in (n, m, m)]
+  jax.eval_shape(trace, *shapes)
+  return names[0]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+  monkeypatch.setattr(implementations, "_platform", lambda array: "gpu")
+  monkeypatch.setattr(implementations, "_no_cudnn", lambda *arguments: None)
+
+
+def test_choice_on_a_cpu():
+  assert chosen(1024, 1024) == "xla"
+  # Heads come one after another: their number does not matter, but for a bias.
+  assert chosen(2**13, 2**13, heads=64) == "xla"
+  assert chosen(2**13, 2**13, heads=8, bias=jnp.zeros(())) == "chunked"
+  assert chosen(2**13, 2**13 + 8) == "chunked"
+  assert choose(None, *INPUTS[:3]) == "xla"
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_choice_on_a_gpu():
+  assert chosen(1024, 512) == "cudnn"
+  assert chosen(1024, 512, dtype=jnp.float16) == "cudnn"
+  # Too short, and what cuDNN does not take.
+  assert chosen(64, 512) == "xla"
+  assert chosen(1024, 512, dtype=jnp.float32) == "xla"
+  assert chosen(1024, 512, bias=jnp.zeros(())) == "xla"
+  assert chosen(1024, 512, scale=0.0) == "xla"
+  assert chosen(2**14, 2**14, heads=1, dtype=jnp.float32) == "xla"
+  assert chosen(2**14, 2**14, heads=2, dtype=jnp.float32) == "chunked"
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_named_implementation_is_what_runs():
+  for name in ("xla", "chunked", "cudnn"):
+    assert chosen(512, 512, name=name) == name
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({}, "the device is a cpu.*'chunked' or 'xla'"),
+    ({"dtype": jnp.float32}, "query, .* float32: .*bfloat16.*implementation='chunked'"),
+    ({"bias": jnp.zeros(())}, "bias.*expected None.*implementation='chunked'"),
+    ({"scale": 0.0}, "scale=0.0.*not zero"),
+  ],
+)
+def test_cudnn_that_cannot_serve_says_why(arguments, message):
+  if not arguments and jax.default_backend() != "cpu":
+    pytest.skip("another device")
+  with pytest.raises(
+    ValueError, match=f"implementation='cudnn' cannot serve: {message}"
+  ):
+    chosen(512, 512, name="cudnn", **arguments)
+
+
+def test_reasons_of_jax_are_passed_on(monkeypatch):
+  monkeypatch.setattr(implementations, "_platform", lambda array: "gpu")
+
+  def refuse(*inputs, scale):
+    assert inputs[0].shape[-1] == 264  # 256 and the columns of the bias
+    raise NotImplementedError("the head dim must be <= 256")
+
+  monkeypatch.setattr(implementations, "fused_attention", refuse)
+  implementations._no_cudnn.cache_clear()
+  with pytest.raises(ValueError, match=r"head dimension 264.*must be <= 256.*chunked"):
+    chosen(512, 512, dim=256, name="cudnn")
+  assert chosen(512, 512, dim=256) == "xla"
+  implementations._no_cudnn.cache_clear()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_names_are_refused():
+  query = jnp.zeros((1, N, HEADS, DIM))
+  wanted = r"implementation='flash': expected .*xla.*chunked.*cudnn"
+  with pytest.raises(ValueError, match=wanted):
+    asap_attention(query, query, query, dual_map=DUAL_MAP, implementation="flash")
+  with pytest.raises(ValueError, match=wanted):
+    sinkhorn_attention(query, query, query, implementation="flash")
+
+
+def test_available_names_every_implementation():
+  found = available()
+  assert found.keys() == {"xla", "chunked", "cudnn"}
+  assert found["xla"] is found["chunked"] is None
+  if jax.default_backend() == "cpu":
+    assert "the device is a cpu" in found["cudnn"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_cudnn_is_available_on_a_gpu():
+  assert available()["cudnn"] is None
+  assert chosen(512, 512) == "cudnn"
+
+
+@pytest.fixture
+def cudnn_stand_in(on_gpu, monkeypatch):
+  monkeypatch.setattr(implementations, "_CUDNN_LENGTH", 8)
+  monkeypatch.setattr(attention_inputs, "cudnn_attention", on_cpu)
+
+
+def tokens(dtype=jnp.bfloat16):
+  """Inputs of an attention function, two sequences, their mask and masks."""
+  query, key, value = (jnp.moveaxis(x[:2], 1, 2).astype(dtype) for x in INPUTS[:3])
+  masks = QUERY_MASK[:2, 0], KEY_MASK[:2, 0]
+  named = dict(zip(("query_mask", "key_mask"), map(np.asarray, masks), strict=True))
+  return (query, key, value), nnx.make_attention_mask(*masks), named
+
+
+OPTIONS = {"scale": 0.7, "epsilon": 0.5}
+
+
+@pytest.mark.usefixtures("cudnn_stand_in")
+@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn", None])
+def test_asap_attention_by_every_implementation(name):
+  inputs, mask, masks = tokens()
+  wanted, _ = references.attention(
+    *(np.float64(x) for x in inputs), 1, dual_map=DUAL_MAP, **OPTIONS, **masks
+  )
+  attend = functools.partial(
+    asap_attention, dual_map=DUAL_MAP, implementation=name, **OPTIONS
+  )
+  out = jax.jit(lambda *inputs: attend(*inputs, mask=mask))(*inputs)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.float64(out), wanted, atol=2e-2)
+
+
+@pytest.mark.usefixtures("cudnn_stand_in")
+@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn"])
+def test_sinkhorn_attention_by_every_implementation(name):
+  inputs, mask, masks = tokens()
+  wanted, _ = references.attention(*(np.float64(x) for x in inputs), 4, **masks)
+  attend = functools.partial(sinkhorn_attention, iterations=4, implementation=name)
+  out = jax.jit(lambda *inputs: attend(*inputs, mask=mask))(*inputs)
+  np.testing.assert_allclose(np.float64(out), wanted, atol=2e-2)
+
+
+class Called(Exception):
+  """An implementation was reached."""
+
+
+@pytest.fixture
+def marked(monkeypatch):
+  def raises(*arguments, **options):
+    raise Called
+
+  monkeypatch.setattr(attention_inputs, "chunked_attention", raises)
+
+
+@pytest.mark.usefixtures("marked")
+def test_layer_takes_an_implementation_and_a_call_may_replace_it():
+  inputs, *_ = tokens(jnp.float32)
+  attend = AsapAttention(DUAL_MAP, implementation="chunked")
+  with pytest.raises(Called):
+    jax.eval_shape(attend, *inputs)
+  options = {"implementation": "chunked"}
+  with pytest.raises(Called):
+    jax.eval_shape(AsapAttention(DUAL_MAP, options), *inputs)
+  out = jax.jit(lambda *inputs: attend(*inputs, implementation="xla"))(*inputs)
+  wanted = jax.jit(AsapAttention(DUAL_MAP).__call__)(*inputs)
+  np.testing.assert_array_equal(out, wanted)
+  layer = nnx.MultiHeadAttention(
+    HEADS, HEADS * DIM, decode=False, attention_fn=attend, rngs=nnx.Rngs(0)
+  )
+  with pytest.raises(Called):
+    nnx.jit(lambda layer, x: layer(x))(layer, jnp.ones((1, N, HEADS * DIM)))
+
+
+@pytest.mark.usefixtures("marked")
+@pytest.mark.parametrize("name", ["chunked", "cudnn"])
+def test_weights_that_are_asked_for_are_formed_whatever_is_named(name):
+  inputs, mask, masks = tokens(jnp.float32)
+  _, wanted = references.attention(*inputs, 1, dual_map=DUAL_MAP, **masks)
+  sown = []
+
+  class Module:
+    def sow(self, kind, name, value):
+      sown.append(value)
+
+  def attend(*inputs):
+    options = {"dual_map": DUAL_MAP, "implementation": name}
+    return asap_attention(*inputs, mask=mask, module=Module(), **options), sown[0]
+
+  _, weights = jax.jit(attend)(*inputs)
+  np.testing.assert_allclose(weights, wanted, atol=2e-5)

@@ -1,0 +1,165 @@
+"""Values under scaled plans, whole and in blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import references
+
+from asap_jax.attention.implementations import xla as fused
+from asap_jax.attention.implementations.xla import scaled_attention
+
+BATCH, HEADS, N, M, DIM, VALUES = 3, 2, 6, 9, 4, 3
+RANDOM = np.random.default_rng(0)
+QUERY, KEY, VALUE, F, BIAS = (
+  jnp.asarray(RANDOM.normal(size=(BATCH, HEADS, *shape)), jnp.float32)
+  for shape in ((N, DIM), (M, DIM), (M, VALUES), (N,), (N, M))
+)
+QUERY_MASK = jnp.arange(N) < jnp.asarray([4, 6, 5])[:, None, None]
+KEY_MASK = jnp.arange(M) < jnp.asarray([9, 3, 7])[:, None, None]
+MASKS = {"query_weights": QUERY_MASK, "key_weights": KEY_MASK}
+MASSES = {
+  name: jnp.asarray(RANDOM.uniform(0.1, 2.0, size=mask.shape), jnp.float32) * mask
+  for name, mask in MASKS.items()
+}
+OMEGA = jnp.asarray([[1.5], [0.8]])
+
+
+def expected(count, masks, bias=None, relaxation=None):
+  return references.closed_values(
+    QUERY, KEY, VALUE, F, count, *masks.values(), bias=bias, relaxation=relaxation
+  )
+
+
+@pytest.fixture(params=["short", "whole", "blocks", "single"])
+def blocks(request, monkeypatch):
+  """All at once, or blocks of four heads, which no batch of six divides into."""
+  if request.param != "short":
+    monkeypatch.setattr(fused, "_SHORT", 0)
+  size = {"blocks": 4 * N * M, "single": 1}.get(request.param, 2**20)
+  monkeypatch.setattr(fused, "_BLOCK", size)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("weights", [{}, MASKS, MASSES], ids=["all", "masks", "masses"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_against_float64(weights, count):
+  relaxation = OMEGA if count == 2 else None
+  options = {**weights, "relaxation": relaxation}
+  function = jax.jit(lambda *a: scaled_attention(*a, count, **options))
+  actual = function(QUERY, KEY, VALUE, F)
+  wanted = expected(count, weights, relaxation=relaxation)
+  np.testing.assert_allclose(actual, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("masks", [{}, MASKS], ids=["all", "masks"])
+def test_sharp_logits(masks):
+  query, f = 300 * QUERY, 100 * F
+  assert float(jnp.abs(jnp.einsum("bhnd,bhmd->bhnm", query, KEY)).max()) > 1000
+  actual = jax.jit(lambda *a: scaled_attention(*a, **masks))(query, KEY, VALUE, f)
+  wanted = references.closed_values(query, KEY, VALUE, f, 1, *masks.values())
+  # Logits of thousands are known to a ten-thousandth.
+  np.testing.assert_allclose(actual, wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("absent", ["queries", "keys", "both"])
+def test_nobody_present(absent):
+  masks = {
+    "query_weights": QUERY_MASK & (absent == "keys"),
+    "key_weights": KEY_MASK & (absent == "queries"),
+  }
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(arguments):
+    return jnp.square(scaled_attention(*arguments, **masks)).sum()
+
+  value, slopes = loss((QUERY, KEY, VALUE, F))
+  assert value == 0.0
+  assert all(jnp.all(slope == 0.0) for slope in slopes)
+
+
+@pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
+@pytest.mark.usefixtures("blocks")
+def test_values_in_bfloat16():
+  value = VALUE.astype(jnp.bfloat16)
+  actual = jax.jit(lambda *a: scaled_attention(*a, **MASKS))(QUERY, KEY, value, F)
+  assert actual.dtype == jnp.bfloat16
+  # Each of the weights, and the sums, rounded to eight bits.
+  np.testing.assert_allclose(
+    actual.astype(jnp.float32), expected(1, MASKS), rtol=2e-2, atol=2e-2
+  )
+
+
+@pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
+@pytest.mark.usefixtures("blocks")
+def test_constants_in_f_change_nothing():
+  shifted = F + 7.0 * jnp.arange(BATCH)[:, None, None]
+  attend = jax.jit(lambda f: scaled_attention(QUERY, KEY, VALUE, f, **MASKS))
+  np.testing.assert_allclose(attend(shifted), attend(F), atol=2e-5)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_bias_against_float64():
+  # One bias for the whole batch.
+  actual = jax.jit(scaled_attention)(QUERY, KEY, VALUE, F, bias=BIAS[:1])
+  bias = jnp.broadcast_to(BIAS[:1], BIAS.shape)
+  np.testing.assert_allclose(actual, expected(1, {}, bias), atol=2e-5)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_gradients_agree_with_finite_differences():
+  cotangent = RANDOM.normal(size=(BATCH, HEADS, N, VALUES))
+
+  def loss(arguments):
+    return jnp.vdot(cotangent, scaled_attention(*arguments, **MASKS))
+
+  arguments = (QUERY, KEY, VALUE, F)
+  tangents = [jnp.asarray(RANDOM.normal(size=a.shape), jnp.float32) for a in arguments]
+  slopes = jax.jit(jax.grad(loss))(arguments)
+  run, step = jax.jit(loss), 1e-2
+  for place, tangent in enumerate(tangents):
+    ends = [
+      run([a + s * tangent if i == place else a for i, a in enumerate(arguments)])
+      for s in (step, -step)
+    ]
+    difference = (ends[0] - ends[1]) / (2 * step)
+    actual = jnp.vdot(slopes[place], tangent)
+    np.testing.assert_allclose(actual, difference, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_vmap_agrees_with_the_batch():
+  arguments = (QUERY, KEY, VALUE, F)
+  mapped = jax.jit(jax.vmap(scaled_attention))(*arguments)
+  np.testing.assert_allclose(mapped, scaled_attention(*arguments), atol=1e-5)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("count", [1, 2])
+def test_start_that_is_predicted_block_by_block(count):
+  heads = jnp.asarray([0.5, -1.0])[:, None]
+
+  def predict(
+    query, key, query_weights=None, key_weights=None, products=None, centred=True
+  ):
+    if products is None:
+      products = jnp.einsum("...nd,...md->...nm", query, key)
+    present = 1.0 if key_weights is None else key_weights[..., None, :]
+    shift = 0.0 if centred else 3.0
+    return heads * jnp.sum(products * present, axis=-1) + shift
+
+  def attend(query, start):
+    options = {**MASKS, "relaxation": OMEGA if count == 2 else None}
+    return scaled_attention(query, KEY, VALUE, start, count, **options)
+
+  f = predict(QUERY, KEY, *MASKS.values())
+  actual = jax.jit(lambda query: attend(query, predict))(QUERY)
+  np.testing.assert_allclose(actual, attend(QUERY, f), atol=2e-5)
+  slope = jax.jit(jax.grad(lambda query: attend(query, predict).sum()))(QUERY)
+  of_given = lambda q: attend(q, predict(q, KEY, *MASKS.values())).sum()  # noqa: E731
+  np.testing.assert_allclose(slope, jax.jit(jax.grad(of_given))(QUERY), atol=1e-4)

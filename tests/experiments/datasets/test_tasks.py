@@ -1,0 +1,332 @@
+"""Data sets by name: what they give, and what is said of those that are not right."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from helpers import tfds_sets
+from helpers.tfds_sets import SHARED, image_features, png, text_features, texts
+
+from experiments.datasets import tfds as prepared_sets
+from experiments.datasets.examples import evenly, read_many
+from experiments.datasets.tasks import PRESETS, load_task
+
+PAIRS = [("good film", 1), ("bad film", 0), ("a good one", 1), ("bad", 0)]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+  """Texts under a name that TFDS does not know."""
+  features = text_features() | {
+    "stars": tfds.features.Scalar(np.int32),
+    "title": tfds.features.Text(),
+  }
+  rows = [row | {"stars": 3, "title": ""} for row in texts(PAIRS)]
+  unlabelled = [row | {"label": -1} for row in rows]
+  splits = {"train": rows, "test": rows[:3], "unlabelled": unlabelled}
+  return tfds_sets.write(tmp_path_factory.mktemp("tfds"), "films", features, splits)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+  """Images of different sizes, the last of `train` damaged."""
+  rng = np.random.default_rng(0)
+  rows = [
+    {"image": png(rng.integers(256, size=(8 + i, 12, 3), dtype=np.uint8)), "label": i}
+    for i in range(2)
+  ]
+  damaged = {"image": b"\x89PNG none", "label": 1}
+  splits = {"train": [*rows, damaged], "test": rows}
+  folder = tmp_path_factory.mktemp("tfds")
+  return tfds_sets.write(folder, "shapes", image_features(), splits)
+
+
+def load_films(folder, **options):
+  keys = {"input_key": "text", "label_key": "label"}
+  return load_task("films", data_dir=folder, **(keys | options))
+
+
+def test_texts_come_in_their_order(films):
+  task = load_films(films)
+  assert (task.name, task.kind, task.classes) == ("films", "text", 2)
+  assert task.label_names == ("0", "1")
+  assert [(row["input"], row["label"]) for row in task.train] == PAIRS
+  assert len(task.test) == 3
+  assert task.train.labels.dtype == np.int32
+
+
+def test_parts_of_splits(films):
+  task = load_films(films, train_split="train[:50%]", test_split="train[50%:]")
+  assert [row["input"] for row in task.train] == ["good film", "bad film"]
+  assert [row["input"] for row in task.test] == ["a good one", "bad"]
+  task = load_films(films, train_split="train[:1]+train[2:]")
+  assert [row["input"] for row in task.train] == ["good film", "a good one", "bad"]
+
+
+def test_images_keep_their_sizes(shapes):
+  task = load_task("shapes", data_dir=shapes, input_key="image", label_key="label")
+  assert (task.kind, task.flip) == ("image", False)
+  found = [(row["input"].shape, row["label"]) for row in task.test]
+  assert found == [((8, 12, 3), 0), ((9, 12, 3), 1)]
+  for one, other in zip(task.test, task.test.read([0, 1]), strict=True):
+    np.testing.assert_array_equal(one["input"], other["input"])
+  with pytest.raises(IndexError):
+    task.test[2]
+  np.testing.assert_array_equal(task.test[-1]["input"], task.test[1]["input"])
+
+
+def test_damaged_image_is_named_when_it_is_read(shapes):
+  task = load_task("shapes", data_dir=shapes, input_key="image", label_key="label")
+  message = "shapes, split 'train', example 2: the image cannot be decoded"
+  with pytest.raises(ValueError, match=message):
+    task.train[2]
+  with pytest.raises(ValueError, match=message):
+    list(task.train.read([0, 2]))
+
+
+def test_images_without_a_channel_of_colour(tmp_path):
+  pixels = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+  rows = [{"image": png(pixels), "label": 3}]
+  features = image_features((8, 8, 1), 10)
+  tfds_sets.write(tmp_path, "mnist", features, {"train": rows, "test": rows})
+  (row,) = load_task("mnist", data_dir=tmp_path).train
+  np.testing.assert_array_equal(row["input"], pixels)
+  assert row["label"] == 3
+
+
+def test_keys_are_those_that_the_set_calls_supervised(tmp_path):
+  splits = {"train": texts(PAIRS), "test": texts(PAIRS)}
+  tfds_sets.write(tmp_path, "films", text_features(), splits, ("text", "label"))
+  assert len(load_task("films", data_dir=tmp_path).train) == 4
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"input_key": "txt"}, r"input_key='txt': not a feature of films.*'text' \(Text\)"),
+    ({"label_key": "class"}, r"label_key='class': not a.*'label' \(ClassLabel of 2\)"),
+    (
+      {"label_key": "stars"},
+      r"expected a class of films, got Scalar of int32",
+    ),
+    ({"input_key": "stars"}, r"expected a text or a uint8 image.*got Scalar.*'text'"),
+    (
+      {"test_split": "validation"},
+      r"test_split='validation': no such split.*train \(4\), test \(3\), unlabelled",
+    ),
+    ({"train_split": "train[:50"}, r"train_split='train\[:50': no such split"),
+    ({"train_split": ""}, "train_split='': no such split"),
+    ({"train_split": "train[:0]"}, "holds no example of films"),
+    ({"train_split": "train[3:1]"}, "holds no example of films"),
+    ({"test_split": "train[3:]"}, "'train' and test_split='train.3:.' of films share"),
+    ({"test_split": "unlabelled"}, "'unlabelled', example 0: no label .-1.*labelled"),
+    (
+      {"input_key": "title"},
+      "input_key='title' is empty in 4 of 4 examples, first in example 0.*'text'.*"
+      "like 'train",
+    ),
+  ],
+)
+def test_error_says_what_to_pass(films, options, message):
+  with pytest.raises(ValueError, match=message):
+    load_films(films, **options)
+
+
+@pytest.mark.parametrize("missing", ["input_key", "label_key"])
+def test_keys_of_an_unknown_set_have_to_be_named(films, missing):
+  with pytest.raises(ValueError, match=f"films has no preset: pass {missing}.*'text'"):
+    load_films(films, **{missing: None})
+
+
+def test_one_empty_text_is_named(tmp_path):
+  rows = texts([("a", 0), ("b", 1), (" \n", 1)])
+  tfds_sets.write(tmp_path, "films", text_features(), {"train": rows, "test": rows})
+  message = r"empty in 1 of 3 examples, first in example 2. Pass another input_key, or"
+  with pytest.raises(ValueError, match=message):
+    load_films(tmp_path, test_split="train[:0]+test[:2]")
+  left_out = load_films(tmp_path, train_split="train[:2]", test_split="test[:2]")
+  assert len(left_out.train) == len(left_out.test) == 2
+
+
+def test_label_out_of_range_is_named(tmp_path):
+  rows = texts([("a", 0), ("b", 4)])
+  splits = {"train": rows, "test": rows}
+  tfds_sets.write(tmp_path, "films", text_features(5), splits)
+  features = tmp_path / "films" / "1.0.0" / "features.json"
+  tfds_sets.edit_json(features, '"numClasses": "5"', '"numClasses": "2"')
+  with pytest.raises(ValueError, match="example 1: label 4 under 'label', expected"):
+    load_films(tmp_path)
+
+
+def test_label_of_an_image_is_checked(tmp_path):
+  pixels = np.zeros((8, 8, 3), np.uint8)
+  splits = {
+    split: [{"image": png(pixels), "label": label}]
+    for split, label in (("train", 1), ("test", -1))
+  }
+  tfds_sets.write(tmp_path, "cifar10", image_features(classes=10), splits)
+  with pytest.raises(ValueError, match="'test', example 0: no label"):
+    load_task("cifar10", data_dir=tmp_path)
+
+
+def test_images_of_floats_are_refused(tmp_path):
+  features = {
+    "image": tfds.features.Image(shape=(8, 8, 1), dtype=np.float32),
+    "label": tfds.features.ClassLabel(num_classes=2),
+  }
+  # Their encoding is TensorFlow's; no split is read before the features are checked.
+  tfds_sets.write(tmp_path, "depths", features, {"train": [], "test": []})
+  with pytest.raises(ValueError, match="expected a text or a uint8 image of depths"):
+    load_task("depths", data_dir=tmp_path, input_key="image", label_key="label")
+
+
+def test_unknown_data_set(films):
+  message = "'flims': neither prepared in.*There are: films.*Did you mean films"
+  with pytest.raises(ValueError, match=message):
+    load_task("flims", data_dir=films)
+  with pytest.raises(ValueError, match=r"Did you mean .*ag_news_subset"):
+    load_task("ag_news", data_dir=films)
+  with pytest.raises(ValueError, match=r"qqqq.*Presets are ag_news_subset, imdb"):
+    load_task("qqqq", data_dir=films / "nowhere")
+  with pytest.raises(ValueError, match="expected the name of a data set of TFDS"):
+    load_task("../films", data_dir=films)
+
+
+def test_other_formats_are_refused(tmp_path):
+  rows = texts(PAIRS)
+  tfds_sets.write(tmp_path, "films", text_features(), {"train": rows, "test": rows})
+  info = tmp_path / "films" / "1.0.0" / "dataset_info.json"
+  tfds_sets.edit_json(info, '"fileFormat": "array_record"', '"fileFormat": "tfrecord"')
+  with pytest.raises(ValueError, match=r"prepared as tfrecord.*format=array_record"):
+    load_films(tmp_path)
+
+
+class Absent:
+  """A builder of a data set that cannot be had."""
+
+  def download_and_prepare(self, **options):
+    assert options == {"file_format": "array_record"}
+    try:
+      raise ConnectionError("no network\nand more")
+    except ConnectionError as error:
+      raise RuntimeError("not prepared") from error
+
+
+@pytest.mark.parametrize(
+  ("name", "asked", "folder"),
+  [
+    ("imdb_reviews", "imdb_reviews/plain_text", "imdb_reviews"),
+    ("mnist:3.0.1", "mnist:3.0.1", "mnist"),
+    ("yelp_polarity_reviews", "yelp_polarity_reviews", "yelp_polarity_reviews"),
+    ("huggingface:glue/sst2", "huggingface:glue/sst2", "glue"),
+    (
+      "dbpedia_14",
+      "huggingface:fancyzhx__dbpedia_14/dbpedia_14",
+      "fancyzhx__dbpedia_14",
+    ),
+  ],
+)
+def test_download_that_fails(tmp_path, monkeypatch, name, asked, folder):
+  opened = []
+
+  def builder(name=None, *, data_dir, **repository):
+    opened.append(name or repository)
+    assert data_dir == tmp_path
+    return Absent()
+
+  builders = prepared_sets.tfds.dataset_builders
+  monkeypatch.setattr(prepared_sets.tfds, "builder", builder)
+  monkeypatch.setattr(builders, "HuggingfaceDatasetBuilder", builder)
+  with pytest.raises(RuntimeError, match=r"ConnectionError: no network\)") as caught:
+    load_task(name, data_dir=tmp_path)
+  assert f"run `tfds build {asked} --file_format=array_record`" in str(caught.value)
+  assert f"the directory that holds {folder}/" in str(caught.value)
+  assert ("`datasets`" in str(caught.value)) == asked.startswith("huggingface:")
+  hosted = {"hf_repo_id": "fancyzhx/dbpedia_14", "hf_config": "dbpedia_14"}
+  assert opened == [hosted if name == "dbpedia_14" else asked]
+
+
+def test_strings_of_the_hub_are_texts(tmp_path):
+  features = {
+    "text": tfds.features.Scalar(np.object_),
+    "label": tfds.features.ClassLabel(names=["1 star", "2 star"]),
+  }
+  splits = {"train": texts(PAIRS), "test": texts(PAIRS)}
+  where = "yelp__yelp_review_full/yelp_review_full"
+  tfds_sets.write(tmp_path, where, features, splits)
+  task = load_task("yelp_review_full", data_dir=tmp_path)
+  assert [(row["input"], row["label"]) for row in task.train] == PAIRS
+  assert task.label_names == ("1 star", "2 star")
+
+
+def test_download_is_read(films, monkeypatch):
+  """What is prepared elsewhere by then is read as usual."""
+  found = prepared_sets.builder_from_files("films", data_dir=films)
+  prepared = []
+  monkeypatch.setattr(
+    found, "download_and_prepare", lambda **_: prepared.append(1), raising=False
+  )
+  monkeypatch.setattr(prepared_sets.tfds, "builder", lambda *_, **__: found)
+  task = load_task("yelp_polarity_reviews", data_dir=films / "empty")
+  assert prepared == [1]
+  assert [row["input"] for row in task.train] == [text for text, _ in PAIRS]
+
+
+def preset_set(folder, name):
+  """A directory of the features and splits that a preset's data set has."""
+  preset = PRESETS[name]
+  where = f"{name}/{preset.config}" if preset.config else name
+  if preset.input_key == "image":
+    value = png(np.zeros((8, 8, 1 if name == "mnist" else 3), np.uint8))
+    features = image_features((8, 8, 1) if name == "mnist" else (8, 8, 3))
+    rows = [{"image": value, "label": i % 2} for i in range(5)]
+  else:
+    features = text_features(key=preset.input_key)
+    rows = texts([(f"text {i}", i % 2) for i in range(5)], preset.input_key)
+  splits = {"train": rows}
+  if name != "cats_vs_dogs":
+    splits["test"] = rows
+  if name == "cifar100":
+    features["coarse_label"] = tfds.features.ClassLabel(num_classes=2)
+    splits = {key: [row | {"coarse_label": 0} for row in rows] for key in splits}
+  return tfds_sets.write(folder, where, features, splits)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_need_no_keys(tmp_path, name):
+  task = load_task(name, data_dir=preset_set(tmp_path, name))
+  assert task.kind == ("image" if PRESETS[name].input_key == "image" else "text")
+  labels = [row["label"] for row in task.train]
+  if name == "cats_vs_dogs":
+    assert (labels, len(task.test)) == ([0, 1, 0, 1], 1)
+  else:
+    assert (labels, len(task.test)) == ([0, 1, 0, 1, 0], 5)
+  assert task.flip == (name in ("cats_vs_dogs", "cifar10", "cifar100"))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not here")
+@pytest.mark.parametrize(
+  ("name", "kind", "sizes", "classes"),
+  [
+    ("ag_news_subset", "text", (11_808, 7_593), 4),
+    ("imdb_reviews", "text", (9_926, 5_000), 2),
+    ("imdb_reviews/plain_text:1.0.0", "text", (9_926, 5_000), 2),
+    ("cifar10", "image", (30_000, 10_000), 10),
+    ("mnist", "image", (20_000, 10_000), 10),
+  ],
+)
+def test_real_sets(name, kind, sizes, classes):
+  task = load_task(name, data_dir=SHARED)
+  assert (task.kind, task.classes) == (kind, classes)
+  assert (len(task.train), len(task.test)) == sizes
+  rows = list(read_many(task.train, evenly(task.train, 400)))
+  assert {row["label"] for row in rows} == set(range(classes))
+  if kind == "image":
+    shape = (28, 28, 1) if name == "mnist" else (32, 32, 3)
+    assert {row["input"].shape for row in rows} == {shape}
+    assert rows[0]["input"].dtype == np.uint8
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not here")
+def test_titles_that_are_not_there():
+  with pytest.raises(ValueError, match=r"empty in 11,808 of 11,808.*\('description'\)"):
+    load_task("ag_news_subset", data_dir=SHARED, input_key="title")

@@ -1,0 +1,117 @@
+"""The peers' papers in NumPy float64, with loops, on one head's present tokens."""
+
+from fractions import Fraction
+
+import numpy as np
+from helpers import references
+
+
+def softmax(x):
+  """Along the last axis."""
+  weights = np.exp(x - x.max(-1, keepdims=True))
+  return weights / weights.sum(-1, keepdims=True)
+
+
+def sinkhorn(logits, a, b, half_steps, first):
+  """The plan with marginals a and b after alternate scalings, `first` to be scaled."""
+  plan = np.exp(logits - logits.max())
+  for step in range(half_steps):
+    if (step % 2 == 0) == (first == "rows"):
+      plan = plan * (a / plan.sum(1))[:, None]
+    else:
+      plan = plan * (b / plan.sum(0))
+  return plan
+
+
+def kernel_sinkhorn(logits, iterations):
+  n, m = logits.shape
+  a, b = np.ones(n), np.full(m, n / m)
+  return sinkhorn(logits, a, b, 2 * iterations, first="columns")
+
+
+def sinkformer(logits, half_steps):
+  n, m = logits.shape
+  return sinkhorn(logits, np.ones(n), np.full(m, n / m), half_steps, first="rows")
+
+
+def low_rank(q, k, pivot, scale, iterations):
+  """n Gamma_1 diag(1 / p) Gamma_2 of LOTFormer."""
+  points, p = pivot[0], softmax(pivot[1])
+  a, b = np.full(len(q), 1 / len(q)), np.full(len(k), 1 / len(k))
+  first = sinkhorn(scale * q @ points.T, a, p, 2 * iterations, "columns")
+  second = sinkhorn(scale * points @ k.T, p, b, 2 * iterations, "columns")
+  return len(q) * first @ np.diag(1 / p) @ second
+
+
+def soft_sort(x, t):
+  places = np.sort(x)[::-1]  # descending, as in the paper
+  return np.array([softmax(-((place - x) ** 2) / t) for place in places])
+
+
+def hard_sort(x):
+  # Ascending: the plan is the same, and equal points keep their order.
+  return np.eye(len(x))[np.argsort(x, kind="stable")]
+
+
+def esp(q, k, directions, t, tau, hard=False):
+  """ESPFormer's algorithm 1, times n."""
+  n = len(q)
+  costs = np.array([[np.sum((qi - kj) ** 2) for kj in k] for qi in q])
+  plans, distances = [], []
+  for theta in directions:
+    theta = theta / np.linalg.norm(theta)
+    sort = hard_sort if hard else lambda x: soft_sort(x, t)
+    plan = sort(q @ theta).T @ sort(k @ theta) / n
+    plans.append(plan)
+    distances.append((costs * plan).sum())
+  weights = softmax(-tau * np.array(distances))
+  return n * sum(w * plan for w, plan in zip(weights, plans, strict=True))
+
+
+def north_west(x, y):
+  """The monotone coupling of equal masses, rows summing to one: exact fractions."""
+  n, m = len(x), len(y)
+  rows, columns = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
+  plan = np.zeros((n, m))
+  i = j = 0
+  left, right = Fraction(1), Fraction(n, m)
+  while i < n and j < m:
+    moved = min(left, right)
+    plan[rows[i], columns[j]] += float(moved)
+    left, right = left - moved, right - moved
+    if left == 0:
+      i, left = i + 1, Fraction(1)
+    if right == 0:
+      j, right = j + 1, Fraction(n, m)
+  return plan
+
+
+def sliced(q, k, logits, directions, t):
+  """Couplings along slices, averaged with weights exp(-t cost); t = inf is the best."""
+  plans = [north_west(q @ theta, k @ theta) for theta in directions]
+  costs = np.array([-(plan * logits).sum() / len(q) for plan in plans])
+  if np.isinf(t):
+    return plans[int(np.argmin(costs))]
+  weights = softmax(-t * costs)
+  return sum(w * plan for w, plan in zip(weights, plans, strict=True))
+
+
+def one_sided(q, k, dual_map, head, scale, logits):
+  features = references.dual_features(scale * k, q, dual_map.directions[head])
+  return softmax(logits + features @ dual_map.weights[head])
+
+
+def differential(q, k, parameters, initial, scale, bias, allowed):
+  """Difference of the two maps; pairs not allowed have logits of minus infinity."""
+  a1, b1, a2, b2, _ = parameters
+  lam = np.exp(a1 @ b1) - np.exp(a2 @ b2) + initial
+  half = q.shape[-1] // 2
+  maps = []
+  for part in (slice(None, half), slice(half, None)):
+    logits = scale * q[:, part] @ k[:, part].T + bias
+    maps.append(softmax(np.where(allowed, logits, -np.inf)))
+  return maps[0] - lam * maps[1]
+
+
+def rms_norm(out, gain, initial):
+  return (1 - initial) * out / np.sqrt(np.mean(out**2, -1, keepdims=True) + 1e-5) * gain

@@ -1,0 +1,195 @@
+"""Sliced potentials as the start of OTT-JAX's Sinkhorn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ott.geometry import costs, epsilon_scheduler, geometry, pointcloud
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import sinkhorn
+
+import asap_jax
+from asap_jax import SlicedDualInitializer
+from asap_jax.potentials.summed import sliced_start
+
+N, M, DIM = 24, 30, 3
+KEYS = jax.random.split(jax.random.key(0), 6)
+# Two clusters a side, of unlike shapes.
+X = jax.random.normal(KEYS[0], (N, DIM)) + 2.0 * (jnp.arange(N)[:, None] % 2)
+Y = jax.random.normal(KEYS[1], (M, DIM)) @ jax.random.normal(KEYS[2], (DIM, DIM)) - 1.0
+MASSES = {
+  "equal": (None, None),
+  "zeros": (
+    jnp.where(
+      jnp.arange(N) % 4 == 1, 0.0, jax.random.uniform(KEYS[3], (N,), minval=0.2)
+    ),
+    jnp.where(jnp.arange(M) < 20, 1.0, 0.0),
+  ),
+}
+MASSES["zeros"] = tuple(mass / mass.sum() for mass in MASSES["zeros"])
+COSTS = {"squared": costs.SqEuclidean(), "product": costs.NegDotProduct()}
+
+
+def problem(cost="squared", masses="equal", epsilon=0.5, x=X, y=Y, **options):
+  a, b = MASSES[masses]
+  cloud = pointcloud.PointCloud(x, y, COSTS[cost], epsilon=epsilon, **options)
+  return linear_problem.LinearProblem(cloud, a=a, b=b)
+
+
+def solver(initializer=None, **options):
+  options = {"inner_iterations": 1, "max_iterations": 2000} | options
+  return sinkhorn.Sinkhorn(initializer=initializer, **options)
+
+
+@jax.jit
+def solve(problem, initializer):
+  return solver(initializer)(problem)
+
+
+@pytest.mark.parametrize("masses", MASSES)
+@pytest.mark.parametrize("cost", COSTS)
+def test_same_plan_in_fewer_iterations(cost, masses):
+  given = problem(cost, masses)
+  plain, sliced = solve(given, None), solve(given, SlicedDualInitializer())
+  assert plain.converged
+  assert sliced.converged
+  assert plain.n_iters > 10
+  assert sliced.n_iters < 0.8 * plain.n_iters
+  np.testing.assert_allclose(sliced.matrix, plain.matrix, atol=1e-3)
+
+
+def test_gaussian_problem_needs_next_to_nothing():
+  # An affine image, with masses that differ: the start is nearly the solution.
+  masses = MASSES["zeros"][0]
+  moved = X @ jnp.diag(jnp.array([0.5, 1.0, 2.0])) + 3.0
+  cloud = pointcloud.PointCloud(X, moved, epsilon=0.05)
+  given = linear_problem.LinearProblem(cloud, a=masses, b=masses)
+  plain, sliced = solve(given, None), solve(given, SlicedDualInitializer())
+  assert sliced.n_iters < 0.2 * plain.n_iters
+
+
+@jax.jit
+def initial(given, initializer):
+  return initializer(given, lse_mode=True)
+
+
+def start(given, **options):
+  f, g = initial(given, SlicedDualInitializer(**options))
+  assert np.all(np.isfinite(f) == (given.a > 0))
+  np.testing.assert_array_equal(g, jnp.where(given.b > 0, 0.0, -jnp.inf))
+  return f
+
+
+@pytest.mark.parametrize("masses", MASSES)
+def test_start_is_the_sliced_one_in_the_units_of_the_cost(masses):
+  given = problem("squared", masses, 0.3, scale_cost=7.0)
+  expected = 0.3 * sliced_start(2 * X / 7.0 / 0.3, Y, given.a, given.b)
+  expected += jnp.sum(X**2, -1) / 7.0 + 0.3 * jnp.log(given.a)
+  found = start(given)
+  present = np.flatnonzero(given.a)
+  shift = (found - expected)[present]
+  np.testing.assert_allclose(shift, shift[0], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masses", MASSES)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("form", ["points", "rank"])
+def test_a_cost_matrix_is_started_like_its_points(form, cost, masses):
+  cloud = problem(cost, masses)
+  matrix = geometry.Geometry(cost_matrix=cloud.geom.cost_matrix, epsilon=0.5)
+  given = linear_problem.LinearProblem(matrix, a=cloud.a, b=cloud.b)
+  factor = 2.0 if cost == "squared" else 1.0
+  options = {"points": (factor * X, Y)} if form == "points" else {"rank": DIM}
+  found, expected = start(given, **options), start(cloud)
+  present = np.flatnonzero(cloud.a)
+  np.testing.assert_allclose(found[present], expected[present], rtol=5e-3, atol=2e-2)
+
+
+def test_other_costs_start_from_their_leading_part():
+  cloud = pointcloud.PointCloud(X, Y, costs.Euclidean(), epsilon=0.05)
+  given = linear_problem.LinearProblem(cloud)
+  plain, sliced = solve(given, None), solve(given, SlicedDualInitializer(rank=8))
+  assert sliced.converged
+  assert sliced.n_iters < plain.n_iters
+
+
+def test_schedules_kernels_and_online_costs_are_served():
+  schedule = epsilon_scheduler.Epsilon(0.5, init=4.0, decay=0.5)
+  scheduled = problem(epsilon=schedule)
+  np.testing.assert_allclose(start(scheduled), start(problem(epsilon=2.0)), rtol=1e-5)
+  assert solve(scheduled, SlicedDualInitializer()).converged
+
+  kernel = solver(SlicedDualInitializer(), lse_mode=False)(problem(epsilon=2.0))
+  log = solve(problem(epsilon=2.0), SlicedDualInitializer())
+  assert kernel.n_iters == log.n_iters
+  np.testing.assert_allclose(kernel.matrix, log.matrix, atol=1e-5)
+
+  online = problem("squared", batch_size=8)
+  np.testing.assert_allclose(start(online), start(problem()), rtol=1e-6)
+
+
+def test_problems_are_solved_in_a_batch():
+  xs = jnp.stack([X, 0.5 * X, -X])
+  initializer = SlicedDualInitializer()
+  together = jax.vmap(lambda x: solve(problem(x=x), initializer).n_iters)(xs)
+  alone = [solve(problem(x=x), initializer).n_iters for x in xs]
+  np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("slices", ["principal", "directions"])
+def test_other_slices_are_passed_on(slices):
+  slices = jax.random.orthogonal(KEYS[4], DIM) if slices == "directions" else slices
+  given = problem("product", epsilon=1.0)
+  initializer = SlicedDualInitializer(slices=slices, entropic=False)
+  # A pytree: what jit takes apart and puts together is the same start.
+  found = jax.jit(lambda i: i.init_fu(given, True))(initializer)
+  expected = sliced_start(X, Y, slices=slices, entropic=False)
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masses", MASSES)
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_dual_map_is_asked_in_units_of_logits(cost, masses):
+  directions = jax.random.normal(KEYS[4], (1, 2, DIM))
+  weights = jax.random.normal(KEYS[5], (1, 2 + DIM + 2))
+  held = asap_jax.DualMap(directions, weights)
+  given = problem(cost, masses, 0.3)
+  factor = 2.0 if cost == "squared" else 1.0
+  own = jnp.sum(X**2, -1) if cost == "squared" else 0.0
+  tokens = factor * X[None] / 0.3, Y[None], given.a[None], given.b[None]
+  expected = 0.3 * asap_jax.predict_dual(held, *tokens)[0] + own
+  expected += 0.3 * jnp.log(given.a)
+  shift = (start(given, dual_map=held) - expected)[np.flatnonzero(given.a)]
+  np.testing.assert_allclose(shift, shift[0], atol=1e-3)
+
+
+def test_bad_input_is_named():
+  many = asap_jax.DualMap(jnp.ones((2, 1, DIM)), jnp.ones((2, 6)))
+  with pytest.raises(ValueError, match="dual_map has 2 heads: expected one"):
+    SlicedDualInitializer(many)
+  with pytest.raises(ValueError, match="points and rank=3 are given"):
+    SlicedDualInitializer(points=(X, Y), rank=3)
+  with pytest.raises(ValueError, match="rank=0: expected at least one"):
+    SlicedDualInitializer(rank=0)
+  matrix = geometry.Geometry(cost_matrix=jnp.ones((N, M)), epsilon=1.0)
+  given = linear_problem.LinearProblem(matrix)
+  with pytest.raises(ValueError, match="Geometry with cost NoneType: expected a Point"):
+    start(given)
+  with pytest.raises(ValueError, match=r"points have shapes \(30, 3\) and \(24, 3\)"):
+    start(given, points=(Y, X))
+  given = linear_problem.LinearProblem(pointcloud.PointCloud(X, Y, costs.Euclidean()))
+  with pytest.raises(ValueError, match="PointCloud with cost Euclidean: expected"):
+    start(given)
+
+
+def test_gradients_of_the_cost_do_not_depend_on_the_start():
+  def cost(x, initializer):
+    return solver(initializer, threshold=1e-5)(problem(x=x)).reg_ot_cost
+
+  found, expected = (
+    jax.jit(jax.grad(cost))(X, start) for start in (SlicedDualInitializer(), None)
+  )
+  assert np.abs(expected).max() > 1e-3
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
