@@ -1,11 +1,8 @@
 """Unit directions to slice along, one set per head: `[heads, slices, dim]`."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from scipy.stats import qmc
 
 Directions = Float[Array, "heads slices dim"]
 
@@ -39,25 +36,6 @@ def orthogonal(key: jax.Array, heads: int, slices: int, dim: int) -> Directions:
   blocks = -(-slices // dim)
   rotations = jax.random.orthogonal(key, dim, (heads, blocks))
   return rotations.reshape(heads, blocks * dim, dim)[:, :slices]
-
-
-def quasi_monte_carlo(key: jax.Array, heads: int, slices: int, dim: int) -> Directions:
-  """Sobol points, shifted at random for each head, mapped to the sphere.
-
-  The points go through the inverse normal distribution and are normalised (Nguyen et
-  al., 2024, "Quasi-Monte Carlo for 3D Sliced Wasserstein", section 3). Arguments,
-  result and errors as in `gaussian`.
-  """
-  _check_sizes(heads, slices, dim)
-  # Drawn in a power of two, which keeps the sequence balanced; one fixed scramble
-  # takes away its degenerate first points, the shift per head does the rest.
-  sobol = qmc.Sobol(dim, scramble=True, rng=0).random_base2(
-    math.ceil(math.log2(slices))
-  )
-  shift = jax.random.uniform(key, (heads, 1, dim))
-  points = (jnp.asarray(sobol[:slices], jnp.float32) + shift) % 1.0
-  edge = 2.0**-20
-  return normalise(jax.scipy.special.ndtri(jnp.clip(points, edge, 1.0 - edge)))
 
 
 def principal(covariance: Float[Array, "heads dim dim"], slices: int) -> Directions:

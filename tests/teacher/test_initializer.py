@@ -91,29 +91,6 @@ def test_start_is_the_sliced_one_in_the_units_of_the_cost(masses):
   np.testing.assert_allclose(shift, shift[0], atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("masses", MASSES)
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("form", ["points", "rank"])
-def test_a_cost_matrix_is_started_like_its_points(form, cost, masses):
-  cloud = problem(cost, masses)
-  matrix = geometry.Geometry(cost_matrix=cloud.geom.cost_matrix, epsilon=0.5)
-  given = linear_problem.LinearProblem(matrix, a=cloud.a, b=cloud.b)
-  factor = 2.0 if cost == "squared" else 1.0
-  options = {"points": (factor * X, Y)} if form == "points" else {"rank": DIM}
-  found, expected = start(given, **options), start(cloud)
-  present = np.flatnonzero(cloud.a)
-  np.testing.assert_allclose(found[present], expected[present], rtol=5e-3, atol=2e-2)
-
-
-def test_other_costs_start_from_their_leading_part():
-  cloud = pointcloud.PointCloud(X, Y, costs.Euclidean(), epsilon=0.05)
-  given = linear_problem.LinearProblem(cloud)
-  plain, sliced = solve(given, None), solve(given, SlicedDualInitializer(rank=8))
-  assert sliced.converged
-  assert sliced.n_iters < plain.n_iters
-
-
 def test_schedules_kernels_and_online_costs_are_served():
   schedule = epsilon_scheduler.Epsilon(0.5, init=4.0, decay=0.5)
   scheduled = problem(epsilon=schedule)
@@ -169,16 +146,10 @@ def test_bad_input_is_named():
   many = asap_jax.DualMap(jnp.ones((2, 1, DIM)), jnp.ones((2, 6)))
   with pytest.raises(ValueError, match="dual_map has 2 heads: expected one"):
     SlicedDualInitializer(many)
-  with pytest.raises(ValueError, match="points and rank=3 are given"):
-    SlicedDualInitializer(points=(X, Y), rank=3)
-  with pytest.raises(ValueError, match="rank=0: expected at least one"):
-    SlicedDualInitializer(rank=0)
   matrix = geometry.Geometry(cost_matrix=jnp.ones((N, M)), epsilon=1.0)
   given = linear_problem.LinearProblem(matrix)
   with pytest.raises(ValueError, match="Geometry with cost NoneType: expected a Point"):
     start(given)
-  with pytest.raises(ValueError, match=r"points have shapes \(30, 3\) and \(24, 3\)"):
-    start(given, points=(Y, X))
   given = linear_problem.LinearProblem(pointcloud.PointCloud(X, Y, costs.Euclidean()))
   with pytest.raises(ValueError, match="PointCloud with cost Euclidean: expected"):
     start(given)

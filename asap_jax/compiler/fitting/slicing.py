@@ -10,7 +10,7 @@ from asap_jax.compiler.sites import Activation
 from asap_jax.masses import centre
 from asap_jax.potentials import directions as slicing
 
-DirectionKind = Literal["principal", "gaussian", "orthogonal", "quasi_monte_carlo"]
+DirectionKind = Literal["principal", "gaussian", "orthogonal"]
 
 
 def draw_directions(
@@ -30,15 +30,10 @@ def draw_directions(
     raise ValueError(f"slices={slices}: expected at least 1")
   if kind == "principal":
     return _principal(teacher, slices)
-  draw = {
-    "gaussian": slicing.gaussian,
-    "orthogonal": slicing.orthogonal,
-    "quasi_monte_carlo": slicing.quasi_monte_carlo,
-  }.get(kind)
+  draw = {"gaussian": slicing.gaussian, "orthogonal": slicing.orthogonal}.get(kind)
   if draw is None:
     raise ValueError(
-      f"directions={kind!r}: expected 'principal', 'gaussian', 'orthogonal' or "
-      "'quasi_monte_carlo'"
+      f"directions={kind!r}: expected 'principal', 'gaussian' or 'orthogonal'"
     )
   layers: list[Layer] = teacher.layers
   keys = jax.random.split(jax.random.key(seed), len(layers))
@@ -53,7 +48,7 @@ def _principal(teacher: Observer, slices: int) -> list[jax.Array]:
   if slices > smallest:
     raise ValueError(
       f"slices={slices}: heads of dimension {smallest} have no more principal "
-      "directions; pass directions='quasi_monte_carlo' for more slices"
+      "directions; pass directions='orthogonal' for more slices"
     )
   total = None
   for calls in teacher.activations("Drawing directions"):
