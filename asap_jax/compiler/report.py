@@ -53,8 +53,8 @@ class LayerReport:
     milliseconds: the same of the compiled operator.
     seconds: spent on this layer, apart from the teacher's forward passes, which all
       layers share.
-    alternatives: operators that were measured on this layer; of those that share the
-      label of what was chosen, the first is what was chosen.
+    alternatives: operators that were measured on this layer; if several share the
+      chosen label, the first is the chosen one.
     chosen: label of the operator that stands in the compiled model, and whose figures
       these are; `"teacher"` where the teacher was kept.
   """
@@ -73,13 +73,18 @@ class LayerReport:
   chosen: str = "asap"
 
   @property
+  def teacher(self) -> Alternative:
+    """The teacher's own attention, as a point beside the alternatives."""
+    return Alternative("teacher", 0.0, self.teacher_milliseconds)
+
+  @property
   def standing(self) -> Alternative:
-    """What was chosen, as it was measured among the alternatives if it is there."""
+    """The chosen operator, as it was measured among the alternatives if it is there."""
     for alternative in self.alternatives:
       if alternative.label == self.chosen:
         return alternative
     if self.chosen == "teacher":
-      return Alternative("teacher", 0.0, self.teacher_milliseconds)
+      return self.teacher
     return Alternative(self.chosen, float(np.mean(self.tv)), self.milliseconds)
 
   @property

@@ -7,7 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from asap_jax.plotting.style import array_of, axes_or_new, series_style, titled
+from asap_jax.plotting.style import (
+  array_like,
+  array_of,
+  axes_or_new,
+  series_style,
+  titled,
+)
 
 # Markers of more points would run into each other.
 _MARKED_POINTS = 12
@@ -38,7 +44,10 @@ def plot_curves(
   """
   if not curves:
     raise ValueError("curves is empty: expected at least one")
-  checked = {name: _checked(name, curve) for name, curve in curves.items()}
+  checked = {}
+  for name, (x, y) in curves.items():
+    x = array_of(f"{name}, x", x, "[points]", (1,))
+    checked[name] = x, array_like(f"{name}, y", y, "x", x)
   axes = axes_or_new(axes, 5.0, 3.2)
   for index, (name, (x, y)) in enumerate(checked.items()):
     every = max(1, len(x) // _MARKED_POINTS)
@@ -56,7 +65,7 @@ def plot_rank(
   axes: Axes | None = None,
   title: str | None = None,
 ) -> Axes:
-  """Draws how far from being all alike tokens are, after each block of some models.
+  """Draws how far tokens are from being all alike, after each block of some models.
 
   Args:
     residuals: `asap_jax.metrics.rank_residual` of the tokens that enter the first
@@ -82,15 +91,3 @@ def plot_rank(
   axes = plot_curves(curves, axes, title, **labels)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   return axes
-
-
-def _checked(
-  name: str, curve: tuple[ArrayLike, ArrayLike]
-) -> tuple[np.ndarray, np.ndarray]:
-  x, y = (
-    array_of(f"{name}, {axis}", v, "[points]", (1,))
-    for axis, v in zip("xy", curve, strict=True)
-  )
-  if x.shape != y.shape:
-    raise ValueError(f"{name}, y has shape {y.shape}: expected {x.shape}, as x")
-  return x, y

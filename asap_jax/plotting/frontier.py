@@ -4,19 +4,49 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from asap_jax.compiler.report import Alternative, Report
-from asap_jax.plotting.style import STYLES, axes_or_new, grid, titled
+from asap_jax.plotting.style import axes_or_new, grid, series_style, titled
 
 CUTS_FAMILY = "Sinkhorn cut short"
 
 
+# Not the classes of `asap_jax.compiler`: its reports draw themselves by this module.
+@runtime_checkable
+class Point(Protocol):
+  """A measured operator, such as `asap_jax.compiler.Alternative`."""
+
+  @property
+  def label(self) -> str:
+    """Name of the operator."""
+
+  @property
+  def tv(self) -> float:
+    """Total variation distance to the teacher's plan."""
+
+  @property
+  def milliseconds(self) -> float:
+    """Time of a call."""
+
+  @property
+  def cut(self) -> int | None:
+    """Iterations, if it is Sinkhorn cut short."""
+
+
+@runtime_checkable
+class Reported(Protocol):
+  """A compiled model's report, such as `asap_jax.compiler.Report`."""
+
+  @property
+  def layers(self) -> Sequence[Any]:
+    """Layers with a `name`, and as `Point` `alternatives`, `teacher` and `standing`."""
+
+
 def plot_frontier(
-  series: Mapping[str, Sequence[Alternative]],
+  series: Mapping[str, Sequence[Point]],
   axes: Axes | None = None,
   title: str | None = None,
 ) -> Axes:
@@ -43,15 +73,16 @@ def plot_frontier(
     )
   axes = axes_or_new(axes, 6.0, 4.0)
   styles = 0
-  style: dict[str, Any]
   for family, given in series.items():
-    points = _finite(family, given)
+    points = [p for p in given if math.isfinite(p.tv) and math.isfinite(p.milliseconds)]
+    if len(points) < len(given):
+      bad = [point.label for point in given if point not in points]
+      warnings.warn(f"{family}: {bad} are not finite and are not drawn", stacklevel=2)
     if any(point.cut is not None for point in points):
-      style = {"color": "black", "linestyle": "-", "marker": "o", "markersize": 5}
+      style = series_style(0) | {"markersize": 5}
     else:
-      marker, colour = STYLES[styles % len(STYLES)]
-      style = {"color": colour, "linestyle": "", "marker": marker, "markersize": 9}
       styles += 1
+      style = series_style(styles) | {"linestyle": "", "markersize": 9}
     times = [point.milliseconds for point in points]
     axes.plot(times, [point.tv for point in points], label=family, **style)
     for point in points:
@@ -64,18 +95,14 @@ def plot_frontier(
       )
   axes.margins(0.12)
   axes.autoscale_view()
-  axes.set(
-    xlabel="attention operator, ms",
-    ylabel="total variation to the teacher",
-    xlim=(0.0, None),
-    ylim=(0.0, None),
-  )
+  axes.set(xlabel="attention operator, ms", ylabel="total variation to the teacher")
+  axes.set(xlim=(0.0, None), ylim=(0.0, None))
   axes.legend()
   return titled(axes, title)
 
 
 def plot_report(
-  report: Report, axes: Sequence[Axes] | np.ndarray | None = None
+  report: Reported, axes: Sequence[Axes] | np.ndarray | None = None
 ) -> np.ndarray:
   """Draws the alternatives of every layer that has some, a panel each.
 
@@ -105,20 +132,16 @@ def plot_report(
       "with alternatives"
     )
   for layer, panel in zip(layers, panels, strict=True):
-    standing = layer.standing
-    cuts = [point for point in layer.alternatives if point.cut is not None]
+    standing, teacher = layer.standing, layer.teacher
+    points = list(layer.alternatives)
+    if standing not in points:
+      points.append(standing)
+    cuts = [point for point in points if point.cut is not None]
     cuts.sort(key=operator.attrgetter("cut"))
-    teacher = Alternative("teacher", 0.0, layer.teacher_milliseconds)
-    others = [
-      point
-      for point in layer.alternatives
-      if point.cut is None and point.label != "teacher"
-    ]
-    if standing not in (*cuts, *others) and standing.label != "teacher":
-      others.append(standing)
-    compared = {CUTS_FAMILY: [*cuts, teacher]} | (
-      {"compiled": others} if others else {}
-    )
+    others = [p for p in points if p.cut is None and p.label != teacher.label]
+    compared = {CUTS_FAMILY: [*cuts, teacher]}
+    if others:
+      compared["compiled"] = others
     plot_frontier(compared, panel, layer.name)
     panel.plot(
       standing.milliseconds,
@@ -136,21 +159,10 @@ def plot_report(
     )
     panel.legend()
   if axes is None:
-    right, top = (
-      max(limits[1] for limits in every)
-      for every in zip(*((p.get_xlim(), p.get_ylim()) for p in panels), strict=True)
-    )
+    right = max(panel.get_xlim()[1] for panel in panels)
+    top = max(panel.get_ylim()[1] for panel in panels)
     for panel in panels:
       panel.set(xlim=(0.0, right), ylim=(0.0, top))
     for panel in panels[1:]:
       panel.get_legend().remove()
   return panels
-
-
-def _finite(family: str, points: Sequence[Alternative]) -> list[Alternative]:
-  """The points that can be drawn, with a warning about the others."""
-  kept = [p for p in points if math.isfinite(p.tv) and math.isfinite(p.milliseconds)]
-  if len(kept) < len(points):
-    bad = [point.label for point in points if point not in kept]
-    warnings.warn(f"{family}: {bad} are not finite and are not drawn", stacklevel=3)
-  return kept

@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from asap_jax.plotting.style import LINES, STYLES, axes_or_new, titled
-
-# Line styles tell variants apart.
-_STYLES = (("o", "black"), *STYLES)
+from asap_jax.plotting.style import LINES, axes_or_new, series_style, titled
 
 
 def plot_scaling(
@@ -56,19 +53,11 @@ def plot_scaling(
       )
     if not points:
       continue
-    index = families.index(family)
-    marker, colour = _STYLES[index % len(_STYLES)]
     lengths.update(length for length, _ in points)
-    axes.plot(
-      *zip(*points, strict=True),
-      label=f"{family}, {variant}" if variant else family,
-      color=colour,
-      marker=marker,
-      markersize=5,
-      # Beyond the last colour, hollow ones.
-      fillstyle="full" if index < len(_STYLES) else "none",
-      linestyle=LINES[variants.index(variant) % len(LINES)],
-    )
+    style = series_style(families.index(family)) | {"markersize": 5}
+    style["linestyle"] = LINES[variants.index(variant) % len(LINES)]
+    name = f"{family}, {variant}" if variant else family
+    axes.plot(*zip(*points, strict=True), label=name, **style)
   axes.set(xscale="log", yscale="log", xlabel="length", ylabel=ylabel)
   axes.set_xticks(sorted(lengths), [f"{length:g}" for length in sorted(lengths)])
   axes.xaxis.minorticks_off()

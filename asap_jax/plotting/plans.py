@@ -14,7 +14,7 @@ from asap_jax.plotting.style import (
   titled,
 )
 
-# Of the first plan's weights, those above are drawn alike: a few would hide the rest.
+# Above this quantile weights are drawn alike: a few large ones would hide the rest.
 _BLACK_QUANTILE = 0.995
 
 
@@ -131,9 +131,9 @@ def plot_sinks(
   """
   if not plans:
     raise ValueError("plans is empty: expected at least one")
-  expected = "[..., n, m]"
   received = {
-    name: _received(name, plan, expected, range(2, 9)) for name, plan in plans.items()
+    name: _received(name, plan, "[..., n, m]", range(2, 9))
+    for name, plan in plans.items()
   }
   axes = axes_or_new(axes, 5.0, 3.2)
   axes.axhline(1.0, color="grey", linewidth=1.0)
@@ -143,11 +143,8 @@ def plot_sinks(
     every = max(1, len(ordered) // 8)
     style = {"markevery": (index, every), **series_style(index)}
     axes.plot(np.arange(1, len(ordered) + 1), ordered, label=name, **style)
-  axes.set(
-    xlabel="keys, the most attended first",
-    ylabel="received / uniform share",
-    ylim=(0, None),
-  )
+  axes.set(xlabel="keys, the most attended first", ylabel="received / uniform share")
+  axes.set_ylim(0, None)
   axes.legend()
   return titled(axes, title)
 

@@ -7,7 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from numpy.typing import ArrayLike
 
-from asap_jax.plotting.style import array_of, axes_or_new, series_style, titled
+from asap_jax.plotting.style import (
+  array_like,
+  array_of,
+  axes_or_new,
+  series_style,
+  titled,
+)
 from asap_jax.potentials.kantorovich import Potentials
 
 # Couplings are drawn where they hold at least this share of their largest entry.
@@ -36,33 +42,21 @@ def plot_potentials(
   Raises:
     ValueError: if points and potentials do not match, or there are none.
   """
-  sides: list[tuple[str, ArrayLike, str, ArrayLike]]
-  sides = [("x", x, "phi", potentials.phi)]
-  if y is not None:
-    sides.append(("y", y, "psi", potentials.psi))
   drawn = []
-  for name, given, potential, of_given in sides:
+  for name, given, of_given in (("x", x, "phi"), ("y", y, "psi")):
+    if given is None:
+      continue
     points = array_of(name, given, "[n]", (1,))
-    values = array_of(potential, of_given, f"{points.shape}, as {name}", (1,))
-    if points.shape != values.shape:
-      raise ValueError(
-        f"{potential} has shape {values.shape}: expected {points.shape}, as {name}"
-      )
+    values = array_like(of_given, getattr(potentials, of_given), name, points)
     order = np.argsort(points)
-    drawn.append((points[order], values[order], rf"$\{potential}$ of {name}"))
+    drawn.append((points[order], values[order], rf"$\{of_given}$ of {name}"))
   axes = axes_or_new(axes)
   for index, (points, values, label) in enumerate(drawn):
     style = {"markersize": 4, **series_style(index)}
     axes.plot(points, values, label=label, **style)
-    axes.plot(
-      points,
-      np.full_like(points, 0.02 + 0.05 * index),
-      transform=axes.get_xaxis_transform(),
-      color=style["color"],
-      linestyle="",
-      marker="|",
-      markersize=7,
-    )
+    rug = {"color": style["color"], "linestyle": "", "marker": "|", "markersize": 7}
+    height = np.full_like(points, 0.02 + 0.05 * index)
+    axes.plot(points, height, transform=axes.get_xaxis_transform(), **rug)
   axes.margins(y=0.15)
   axes.set(xlabel="position on the line", ylabel="potential")
   axes.legend()
@@ -94,8 +88,12 @@ def plot_dual(
   """
   if not predictions:
     raise ValueError("predictions is empty: expected at least one")
-  target = _centred("dual", dual, None)
-  found = {name: _centred(name, p, target.shape) for name, p in predictions.items()}
+  target = array_of("dual", dual, "[..., n]", range(1, 9))
+  found = {
+    name: _centred(array_like(name, given, "dual", target))
+    for name, given in predictions.items()
+  }
+  target = _centred(target)
   axes = axes_or_new(axes, 4.6, 3.6)
   extent = np.array([target.min(), target.max()])
   axes.plot(extent, extent, color="grey", linewidth=1.0, zorder=0)
@@ -180,21 +178,13 @@ def plot_coupling(
   rows, columns = np.nonzero(share >= _FAINTEST)
   segments = np.stack([starts[rows], ends[columns]], axis=1)
   axes = plot_clouds(clouds, axes, title)
-  lines = LineCollection(
-    list(segments),
-    colors="grey",
-    alpha=share[rows, columns],
-    linewidths=1.0,
-    zorder=1.0,
-  )
+  style = {"colors": "grey", "alpha": share[rows, columns], "linewidths": 1.0}
+  lines = LineCollection(list(segments), zorder=1.0, **style)
   axes.add_collection(lines, autolim=False)
   return axes
 
 
-def _centred(name: str, values: ArrayLike, shape: tuple[int, ...] | None) -> np.ndarray:
-  values = array_of(name, values, "[..., n]", range(1, 9))
-  if shape is not None and values.shape != shape:
-    raise ValueError(f"{name} has shape {values.shape}: expected {shape}, as dual")
+def _centred(values: np.ndarray) -> np.ndarray:
   return values - values.mean(-1, keepdims=True)
 
 

@@ -9,16 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-# Okabe and Ito's colours; the shapes tell families apart where colours do not.
-STYLES = (
-  ("*", "#0072b2"),
-  ("s", "#e69f00"),
-  ("^", "#009e73"),
-  ("D", "#cc79a7"),
-  ("P", "#d55e00"),
-  ("v", "#56b4e9"),
-)
-# The same, in the order in which lines on white are best told apart.
+# Okabe and Ito's colours, in the order in which lines on white are best told apart.
 COLOURS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
@@ -112,10 +103,26 @@ def array_of(
   """Values as a float array.
 
   Raises:
-    ValueError: if it has not one of the numbers of axes in `dims`, or is empty.
+    ValueError: if the array is empty, or its number of axes is not in `dims`.
   """
   # Whatever the float: bfloat16 cannot be drawn.
   array = np.asarray(values, dtype=np.float64)
   if array.ndim not in dims or not array.size:
     raise ValueError(f"{name} has shape {array.shape}: expected {expected}")
+  return array
+
+
+def array_like(
+  name: str, values: ArrayLike, other: str, like: np.ndarray
+) -> np.ndarray:
+  """Values as a float array of the shape of another.
+
+  Raises:
+    ValueError: if the shapes differ.
+  """
+  array = np.asarray(values, dtype=np.float64)
+  if array.shape != like.shape:
+    raise ValueError(
+      f"{name} has shape {array.shape}: expected {like.shape}, as {other}"
+    )
   return array
