@@ -17,9 +17,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "asap_jax"
 # What these export, or define where they have no `__all__`, is the API: its docstrings
 # have all sections.
-API = tuple(
-  f"{PACKAGE}{name}"
-  for name in ("", ".peers", ".peers.layers", ".info", ".metrics", ".plotting")
+_ROOMS = ("potentials", "dual_map", "c_transform", "teacher", "attention", "compiler")
+_BESIDE = ("peers", "peers.layers", "info", "metrics", "plotting")
+API = (PACKAGE, *(f"{PACKAGE}.{name}" for name in (*_ROOMS, *_BESIDE)))
+# Of modules that are otherwise no part of it.
+NAMES = (
+  "attention.implementations.xla.scaled_attention",
+  "attention.implementations.chunked.chunked_attention",
+  "attention.implementations.cudnn.cudnn_attention",
+  "compiler.fitting.objective.dual_objective",
 )
 _LOG = logging.getLogger("mkdocs.docstrings")
 
@@ -63,6 +69,7 @@ def api_names(loaded: griffe.Module) -> Iterator[str]:
   """Paths, where they are defined, of the names that the reference shows."""
   for path in API:
     yield from (each.path for each in shown(_at(loaded, path)))
+  yield from (f"{loaded.path}.{name}" for name in NAMES)
 
 
 def shown(module: griffe.Module) -> list[griffe.Object]:

@@ -11,11 +11,17 @@ import pytest
 from helpers.pages import PAGES, ROOT, examples, run_examples
 
 pytest.importorskip("griffe", reason="needs the extra `docs`")
-_spec = importlib.util.spec_from_file_location(
-  "docstrings", ROOT / "docs" / "docstrings.py"
-)
-docstrings = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(docstrings)
+
+
+def hook(name):
+  """A module that MkDocs runs."""
+  spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+docstrings = hook("docstrings")
 
 WITH_CODE = [page for page in PAGES if examples(page) and page.name != "README.md"]
 
@@ -97,6 +103,23 @@ def test_what_is_missing_or_malformed_is_found(old, new, said, tmp_path):
   assert re.search(said, problem)
 
 
+@pytest.mark.parametrize(
+  "marked",
+  [
+    r'<span class="arithmatex">\(a_i &lt; b\)</span>',
+    r'<div class="arithmatex">\[a_i &lt; b\]</div>',
+  ],
+)
+def test_formulas_are_typeset(marked):
+  pytest.importorskip("latex2mathml", reason="needs the extra `docs`")
+  found = hook("formulas").on_page_content(f"<p>before {marked} after</p>")
+  assert re.fullmatch(r"<p>before <math .*</math> after</p>", found)
+  assert "<msub><mi>a</mi><mi>i</mi></msub><mo>&lt;</mo><mi>b</mi>" in found.replace(
+    "&#x0003C;", "&lt;"
+  )
+  assert ('display="block"' in found) == marked.startswith("<div")
+
+
 def build(folder):
   """Builds the site of a checkout as strictly as can be."""
   command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]
@@ -121,10 +144,15 @@ def test_the_site_builds_strictly_and_not_with_a_malformed_docstring(checkout):
   assert built.returncode == 0, built.stderr
   page = (checkout / "site" / "api" / "attention" / "index.html").read_text()
   assert 'id="asap_jax.sinkhorn_attention"' in page
-  source = checkout / "asap_jax" / "c_transform.py"
-  text = source.read_text()
-  assert text.count("    dual: f `[..., n]`") == 1
-  source.write_text(text.replace("    dual: f `[..., n]`", "    duel: f `[..., n]`"))
+  page = (checkout / "site" / "api" / "c_transform" / "index.html").read_text()
+  assert "<math" in page
+  assert "arithmatex" not in page
+  source = checkout / "asap_jax" / "c_transform" / "entropic.py"
+  text, count = re.subn(
+    r"(\n  Args:\n    )(\w+):", r"\1not_\2:", source.read_text(), count=1
+  )
+  assert count == 1
+  source.write_text(text)
   broken = build(checkout)
   assert broken.returncode != 0
-  assert "duel" in broken.stderr
+  assert "not_" in broken.stderr
