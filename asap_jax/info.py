@@ -1,6 +1,6 @@
-"""What a report of a fault needs: `python -m asap_jax.info`.
+"""Versions, devices and implementations, for a report of a fault.
 
-Versions, devices, and which implementations of the fused attention run there.
+`python -m asap_jax.info` prints them.
 """
 
 import importlib.metadata
@@ -16,19 +16,11 @@ import asap_jax
 from asap_jax.attention.implementations.dispatch import Implementation, choose
 
 PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "ott-jax",
-  "chex",
-  "orbax-checkpoint",
-  "jaxtyping",
-  "numpy",
-  "scipy",
+  *("jax", "jaxlib", "flax", "optax", "ott-jax", "chex", "orbax-checkpoint"),
+  *("jaxtyping", "numpy", "scipy"),
 )
 DTYPES = ("float32", "bfloat16", "float16")
-# Of the attention that is asked for: every kernel takes these.
+# Shape of the attention that is asked for: every kernel takes it.
 _LENGTH, _DIM = 128, 64
 
 
@@ -37,6 +29,10 @@ def info() -> dict[str, Any]:
 
   Looks at every local device, so that JAX's back ends are started. Host code.
 
+  >>> from asap_jax.info import info
+  >>> sorted(info())
+  ['devices', 'implementations', 'packages', 'platform', 'python', 'settings']
+
   Returns:
     `python`, `platform`; `packages`, a version or `None` for each; `settings`, those
     of JAX and XLA that change results or devices; `devices`, their kinds by name;
@@ -44,13 +40,11 @@ def info() -> dict[str, Any]:
     does not (`asap_jax.attention.implementations`). Where JAX starts no device,
     `devices` and `implementations` are empty and `error` says why.
   """
+  versions = {name: _version(name) for name in [*PACKAGES, *_plugins()]}
   found: dict[str, Any] = {
     "python": platform.python_version(),
     "platform": platform.platform(),
-    "packages": {
-      "asap_jax": asap_jax.__version__,
-      **{name: _version(name) for name in [*PACKAGES, *_plugins()]},
-    },
+    "packages": {"asap_jax": asap_jax.__version__, **versions},
     "settings": _settings(),
     "devices": {},
     "implementations": {},
@@ -80,16 +74,13 @@ def _plugins() -> list[str]:
 
 def _settings() -> dict[str, str]:
   named = ("jax_enable_x64", "jax_default_matmul_precision", "jax_debug_nans")
-  set_outside = {
-    name: value
-    for name, value in sorted(os.environ.items())
-    if name.startswith(("JAX_", "XLA_"))
-  }
-  return {name: str(getattr(jax.config, name)) for name in named} | set_outside
+  outside = sorted(name for name in os.environ if name.startswith(("JAX_", "XLA_")))
+  found = {name: str(getattr(jax.config, name)) for name in named}
+  return found | {name: os.environ[name] for name in outside}
 
 
 def _implementations(device: jax.Device) -> dict[str, dict[str, str | None]]:
-  """By dtype and name why an implementation does not run there, or `None`."""
+  """Why an implementation does not run there, or `None`, by dtype and name."""
   return {
     dtype: {name: _reason(name, device, dtype) for name in get_args(Implementation)}
     for dtype in DTYPES
@@ -105,29 +96,19 @@ def _reason(name: Implementation, device: jax.Device, dtype: str) -> str | None:
   return None
 
 
-def _lines(found: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
+def _lines(found: Mapping[str, Any], none: str, depth: int = 0) -> Iterator[str]:
   for name, value in found.items():
     if isinstance(value, Mapping):
       yield f"{'  ' * depth}{name}:"
-      yield from _lines(value, depth + 1)
+      of_value = "not installed" if name == "packages" else none
+      yield from _lines(value, of_value, depth + 1)
     else:
-      yield f"{'  ' * depth}{name}: {value}"
+      yield f"{'  ' * depth}{name}: {none if value is None else value}"
 
 
 def main() -> None:
   """Prints `info()`."""
-  found = info()
-  found["packages"] = {
-    name: version or "not installed" for name, version in found["packages"].items()
-  }
-  found["implementations"] = {
-    device: {
-      dtype: {name: reason or "available" for name, reason in names.items()}
-      for dtype, names in dtypes.items()
-    }
-    for device, dtypes in found["implementations"].items()
-  }
-  print("\n".join(_lines(found)))
+  print("\n".join(_lines(info(), "available")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Point weights: what `None`, a boolean mask and float weights mean everywhere.
+"""Masses of points: what `None`, a boolean mask and float masses mean everywhere.
 
-Functions of this package take `weights [..., n]` per side, one of
+Functions of this package take masses `[..., n]` per side, one of
 
 - `None`: n points of equal mass;
 - boolean: a mask; the valid points share the mass equally, the others have none;
@@ -10,10 +10,13 @@ Functions of this package take `weights [..., n]` per side, one of
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-Weights = Float[Array, "..."] | Bool[Array, "..."] | None
+from asap_jax.numerics import float_dtype
+
+Masses = Float[Array, "..."] | Bool[Array, "..."] | None
+Weights = Masses
 
 
-def check_weights(name: str, weights: Weights, size: int) -> None:
+def check_weights(name: str, weights: Masses, size: int) -> None:
   """Raises ValueError unless `weights` is `None`, boolean or float `[..., size]`."""
   if weights is None:
     return
@@ -23,17 +26,17 @@ def check_weights(name: str, weights: Weights, size: int) -> None:
     raise ValueError(f"{name} has shape {weights.shape}: expected [..., {size}]")
 
 
-def valid(weights: Weights) -> Bool[Array, "..."] | None:
-  """The points that carry mass, `[..., n]`; `None` if all do."""
+def valid(weights: Masses) -> Bool[Array, "..."] | None:
+  """Points that carry mass, `[..., n]`; `None` if all do."""
   if weights is None or weights.dtype == jnp.bool_:
     return weights
   return weights > 0
 
 
 def valid_pairs(
-  query_weights: Weights, key_weights: Weights
+  query_weights: Masses, key_weights: Masses
 ) -> Bool[Array, "... #n #m"] | None:
-  """Where both the query and the key carry mass, `[..., n, m]`; `None` if all do."""
+  """Pairs whose query and key carry mass, `[..., n, m]`; `None` if all do."""
   rows, columns = valid(query_weights), valid(key_weights)
   rows = None if rows is None else rows[..., :, None]
   columns = None if columns is None else columns[..., None, :]
@@ -42,41 +45,50 @@ def valid_pairs(
   return rows & columns
 
 
-def masses(weights: Weights, size: int) -> Float[Array, "... n"]:
+def by_slice(*weights: Masses) -> list[Masses]:
+  """Masses `[..., n]` as `[..., 1, n]`, for points that are laid out by slice."""
+  return [w if w is None else w[..., None, :] for w in weights]
+
+
+def normalised(weights: Masses, size: int) -> Float[Array, "... n"]:
   """Masses `[..., size]` that sum to one (to zero where no point is valid)."""
   if weights is None:
     return jnp.full((size,), 1.0 / max(size, 1), jnp.float32)
-  weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  weights = weights.astype(float_dtype(weights))
   total = weights.sum(-1, keepdims=True)
   return weights / jnp.where(total > 0, total, 1.0)
 
 
+masses = normalised
+
+
 def zero_invalid(
-  values: Shaped[Array, "..."], weights: Weights, axis: int = -1
+  values: Shaped[Array, "..."], weights: Masses, axis: int = -1
 ) -> Shaped[Array, "..."]:
   """`values` with exact zeros, and zero gradients, where no mass lies along `axis`."""
   mask = valid(weights)
   if mask is None:
     return values
-  for _ in range(-1 - axis):
-    mask = mask[..., None]
-  return jnp.where(mask, values, jnp.zeros((), values.dtype))
+  return jnp.where(_along(mask, axis), values, jnp.zeros((), values.dtype))
 
 
 def mean(
-  values: Float[Array, "..."], weights: Weights, axis: int = -1
+  values: Float[Array, "..."], weights: Masses, axis: int = -1
 ) -> Float[Array, "..."]:
   """Weighted mean of `values` along `axis` (negative), which is kept with size one."""
   if weights is None:
     return values.mean(axis, keepdims=True)
-  mass = masses(weights, values.shape[axis])
-  for _ in range(-1 - axis):
-    mass = mass[..., None]
+  mass = _along(normalised(weights, values.shape[axis]), axis)
   return jnp.sum(zero_invalid(values, weights, axis) * mass, axis, keepdims=True)
 
 
 def centre(
-  values: Float[Array, "..."], weights: Weights, axis: int = -1
+  values: Float[Array, "..."], weights: Masses, axis: int = -1
 ) -> Float[Array, "..."]:
   """`values` less their weighted mean along `axis`; zero where no mass lies."""
   return zero_invalid(values - mean(values, weights, axis), weights, axis)
+
+
+def _along(weights: Array, axis: int) -> Array:
+  """Weights `[..., n]` broadcast against values whose `axis` (negative) has n."""
+  return weights.reshape(*weights.shape, *(1,) * (-1 - axis))

@@ -1,7 +1,7 @@
 """Distilling a compiled model end to end: its dual maps follow the teacher's outputs.
 
 Calibration fits every layer to the teacher's own activations. Here all dual maps are
-trained together on what the whole compiled model puts out, errors of earlier layers
+trained together on the outputs of the whole compiled model, errors of earlier layers
 included; every other parameter stays as it is, and no labels are needed.
 """
 
@@ -20,19 +20,21 @@ from rich.progress import track
 from asap_jax.attention.layers import DualParam
 from asap_jax.compiler.recording import is_held_out
 
-# Batches that are kept, with the teacher's outputs.
+# Of batches that are kept, with the teacher's outputs.
 _CACHE_BYTES = 2**30
+
+Pairs = list[tuple[Any, Any]]  # of a batch and the teacher's outputs, in host memory
 
 
 class Distilled(NamedTuple):
   """Result of `distil`.
 
   Attributes:
-    model: a copy of the compiled model with the best parameters on held-out batches,
-      its own included.
+    model: copy of the compiled model with the best parameters on held-out batches, its
+      own included.
     held_out_loss: mean there before the first step and at every check since.
     steps: taken when the parameters of `model` were found.
-    batches: that were trained on.
+    batches: number of batches that were trained on.
   """
 
   model: nnx.Module
@@ -63,9 +65,16 @@ def distil(
   more than the step itself, and outputs are small beside activations. The first batches
   that fit into 1 GiB together with them are used.
 
+  >>> layer = asap_jax.SinkhornMultiHeadAttention(2, 8, iterations=3, rngs=nnx.Rngs(0))
+  >>> batches = jax.random.normal(jax.random.key(1), (3, 4, 6, 8))
+  >>> options = {"slices": 2, "refine_steps": 0, "progress": False}
+  >>> compiled, _ = asap_jax.compile(layer, batches, **options)
+  >>> asap_jax.distil(compiled, layer, batches, steps=2, progress=False).batches
+  2
+
   Args:
     model: compiled by `asap_jax.compile`; left untouched.
-    teacher: what it was compiled from; left untouched.
+    teacher: the model that it was compiled from; left untouched.
     batches: inputs, without labels, in at least two batches; every fifth, from the
       second on, is held out.
     steps: to take, of one batch each, in an order drawn by `seed`.
@@ -79,18 +88,15 @@ def distil(
 
   Returns:
     `Distilled`, never worse on held-out batches than `model`. If the loss there turns
-    non-finite, a warning says so and what was best before is returned.
+    non-finite, a warning says so and the best parameters before it are returned.
 
   Raises:
     ValueError: if `model` holds no `DualParam`, the two models' outputs do not match or
       hold no floating array, the teacher's are not finite, there are fewer than two
       batches, or a number is not positive.
   """
-  for name, number in (
-    ("steps", steps),
-    ("learning_rate", learning_rate),
-    ("check_every", check_every),
-  ):
+  positive = {"steps": steps, "learning_rate": learning_rate}
+  for name, number in (positive | {"check_every": check_every}).items():
     if not number > 0:
       raise ValueError(f"{name}={number}: expected a positive number")
   student = nnx.clone(model)
@@ -153,10 +159,10 @@ def distil(
 
 
 def output_error(outputs: Any, expected: Any) -> Float[Array, ""]:
-  """Mean squared error over the variance of what is expected, mean over arrays.
+  """Mean squared error over the variance of the expected array, mean over arrays.
 
   Differentiable, under jit too. The variance is that of all entries of an array; where
-  they are all the same, the error counts as it is.
+  they are all equal, the error counts as it is.
 
   Args:
     outputs: a pytree of arrays; others than floating ones are left out.
@@ -169,10 +175,8 @@ def output_error(outputs: Any, expected: Any) -> Float[Array, ""]:
   errors = []
   for found, target in zip(*map(_floating, (outputs, expected)), strict=True):
     found, target = found.astype(jnp.float32), target.astype(jnp.float32)
-    variance = target.var()
-    errors.append(
-      jnp.mean((found - target) ** 2) / jnp.where(variance > 0, variance, 1)
-    )
+    error, variance = jnp.mean((found - target) ** 2), target.var()
+    errors.append(error / jnp.where(variance > 0, variance, 1))
   return jnp.stack(errors).mean()
 
 
@@ -182,24 +186,22 @@ def _record(
   batches: Iterable[Any],
   call: Callable[[nnx.Module, Any], Any],
   progress: bool,
-) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
-  """Batches with the teacher's outputs, in host memory: fitted and held out."""
+) -> tuple[Pairs, Pairs]:
+  """Batches with the teacher's outputs: fitted and held out."""
   frozen = nnx.clone(teacher)
   frozen.eval()
   run = [_pure(model, call) for model in (student, frozen)]
-  kept: tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]] = [], []
+  kept: tuple[Pairs, Pairs] = [], []
   size = 0
-  for index, batch in enumerate(
-    track(batches, "Recording the teacher", disable=not progress)
-  ):
+  recorded = track(batches, "Recording the teacher", disable=not progress)
+  for index, batch in enumerate(recorded):
     if index == 0:
       _check_match(*(jax.eval_shape(function, batch) for function in run))
     pair = jax.device_get((batch, run[1](batch)))
-    for leaf in _floating(pair[1]):
-      if not np.isfinite(leaf).all():
-        raise ValueError(
-          f"teacher: its outputs are not finite on batch {index}; expected finite ones"
-        )
+    if not all(np.isfinite(leaf).all() for leaf in _floating(pair[1])):
+      raise ValueError(
+        f"teacher: its outputs are not finite on batch {index}; expected finite ones"
+      )
     kept[is_held_out(index)].append(pair)
     size += sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pair))
     if size > _CACHE_BYTES and all(kept):
@@ -214,7 +216,7 @@ def _record(
 def _pure(
   model: nnx.Module, call: Callable[[nnx.Module, Any], Any]
 ) -> Callable[[Any], Any]:
-  """A jitted function of a batch; `model` is not changed."""
+  """Jitted function of a batch; `model` is not changed."""
   graph, state = nnx.split(model)
   run = jax.jit(lambda state, batch: call(nnx.merge(graph, state), batch))
   return jax.tree_util.Partial(run, state)

@@ -1,4 +1,4 @@
-"""What compiling gained and lost, layer by layer and head by head."""
+"""Report of what compiling gained and lost, layer by layer and head by head."""
 
 import dataclasses
 import io
@@ -47,10 +47,10 @@ class LayerReport:
     tv: total variation distance to the teacher's plan, 0 to 1.
     kl: KL(teacher || compiled), nats.
     column_error: mean |column sum / target - 1| of the compiled plan.
-    teacher_column_error: the same of the teacher's plan.
+    teacher_column_error: column error of the teacher's plan.
     teacher_milliseconds: one attention call of the teacher, from queries, keys and
       values to outputs, on a held-out batch; compiled by XLA, warm, median.
-    milliseconds: the same of the compiled operator.
+    milliseconds: one call of the compiled operator, measured likewise.
     seconds: spent on this layer, apart from the teacher's forward passes, which all
       layers share.
     alternatives: operators that were measured on this layer; if several share the
@@ -89,25 +89,23 @@ class LayerReport:
 
   @property
   def better_cut(self) -> Alternative | None:
-    """The closest cut Sinkhorn that is no slower and no farther than what was chosen.
+    """Closest cut Sinkhorn that is no slower and no farther than the chosen operator.
 
     `None` if every cut that was measured is slower or farther.
     """
-    standing = self.standing
+    most = self.standing
+    cuts = [
+      a for a in self.alternatives if a.cut is not None and a.label != self.chosen
+    ]
     better = [
-      alternative
-      for alternative in self.alternatives
-      if alternative.cut is not None
-      and alternative.label != self.chosen
-      and alternative.tv <= standing.tv
-      and alternative.milliseconds <= standing.milliseconds
+      a for a in cuts if a.tv <= most.tv and a.milliseconds <= most.milliseconds
     ]
     return min(better, key=lambda a: (a.tv, a.milliseconds), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The layers of a compiled model; prints as a table, draws as `plot`.
+  """Layers of a compiled model; prints as a table, draws as `plot`.
 
   Attributes:
     layers: one report per layer, in the model's order.
@@ -138,13 +136,8 @@ class Report:
       table.add_column("chosen", no_wrap=True)
     for layer in self.layers:
       times = f"{layer.teacher_milliseconds:.2f} -> {layer.milliseconds:.2f}"
-      columns = (
-        layer.r2,
-        layer.tv,
-        layer.kl,
-        layer.column_error,
-        layer.teacher_column_error,
-      )
+      columns = [layer.r2, layer.tv, layer.kl, layer.column_error]
+      columns.append(layer.teacher_column_error)
       for head, values in enumerate(zip(*columns, strict=True)):
         first = (layer.name, times, layer.chosen) if head == 0 else ("", "", "")
         figures = (f"{value:.4f}" for value in values)
@@ -162,18 +155,9 @@ class Report:
     return stream.getvalue().rstrip("\n")
 
   def plot(self, axes: Sequence[Any] | np.ndarray | None = None) -> np.ndarray:
-    """Draws fidelity against time, a panel for every layer with alternatives.
+    """Draws fidelity against time on axes `[layers]`: `asap_jax.plotting.plot_report`.
 
     Needs Matplotlib, which comes with the extra `experiments`.
-
-    Args:
-      axes: where to draw, as many as there are such layers; a new figure by default.
-
-    Returns:
-      The axes, `[layers]`; `.figure` of the first is the figure.
-
-    Raises:
-      ValueError: if no alternatives were measured, or `axes` are not as many.
     """
     from asap_jax.plotting import plot_report  # Matplotlib is optional
 

@@ -1,16 +1,16 @@
-"""The nonlinear part of a dual map: a small network that sees the whole sequence.
+r"""Nonlinear part of a dual map: a small network that sees the whole sequence.
 
-What a token's dual is depends on who else competes for its keys. Each sequence is
-therefore summed up in a context: the means over its tokens of learned encodings of
-queries and keys (Zaheer et al., 2017, "Deep Sets"), and how far each feature spreads.
-One hidden layer takes a token's features and that context:
+A token's dual depends on the tokens that compete for the same keys. Each sequence is
+therefore summed up in a context c: the means over its tokens of learned encodings of
+queries and keys (Zaheer et al., 2017, "Deep Sets"), and the deviation of each feature.
+One hidden layer takes a token's features $x_i$ and that context:
 
-  e_i = relu(q_i Q + a),  d_j = relu(k_j K + b),
-  c = (mean e, mean d, deviations of x),
-  f_i = f_linear_i + relu(x_i X + (c - s) C + h) . o
+- encodings $e_i = relu(q_i Q + a)$ and $d_j = relu(k_j K + b)$;
+- context $c = (\bar e, \bar d, deviations(x))$;
+- dual $f_i = f^{linear}_i + relu(x_i X + (c - s) C + h) \cdot o$,
 
-with x_i the token's features and s a constant, the context of a typical sequence.
-Beyond the paper, whose map is linear.
+with s a constant, the context of a typical sequence. Beyond the paper, whose map is
+linear.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.dual_map.features import Features, einsum, times
-from asap_jax.masses import Weights, centre, mean, zero_invalid
+from asap_jax.masses import Masses, centre, mean, zero_invalid
 
 # Keeps the gradient of the deviation of a feature that does not vary finite.
 _VARIANCE_FLOOR = 1e-12
@@ -61,14 +61,9 @@ class Network:
 def init_network(
   rng: jax.Array, heads: int, dim: int, features: int, hidden: int
 ) -> Network:
-  """A network whose output is zero, for inputs of unit deviation.
+  """Network whose output is zero, for inputs of unit deviation.
 
-  Args:
-    rng: PRNG key.
-    heads: number of heads.
-    dim: head dimension.
-    features: columns of features.
-    hidden: units of the hidden layer; half as many encode queries, and keys.
+  Of `hidden` units in the hidden layer; half as many encode queries, and keys.
 
   Raises:
     ValueError: if `hidden` is below two.
@@ -100,9 +95,9 @@ def context_of(
   features: Features,
   query: Float[Array, "*batch heads n dim"],
   key: Float[Array, "*batch heads m dim"],
-  key_weights: Weights = None,
+  key_weights: Masses = None,
 ) -> Float[Array, "*batch heads context"]:
-  """The context c of each sequence and head; arguments as in `apply_network`."""
+  """Context c of each sequence and head; arguments as in `apply_network`."""
   queries = _encoding(query, features.weights, network.query_kernel, network.query_bias)
   keys = _encoding(key, key_weights, network.key_kernel, network.key_bias)
   deviations = jnp.sqrt(features.variances() + _VARIANCE_FLOOR)
@@ -114,18 +109,12 @@ def apply_network(
   features: Features,
   query: Float[Array, "*batch heads n dim"],
   key: Float[Array, "*batch heads m dim"],
-  key_weights: Weights = None,
+  key_weights: Masses = None,
 ) -> Float[Array, "*batch heads n"]:
-  """What the network adds to the dual, centred over the valid queries.
+  """Nonlinear part of the dual, centred over the valid queries.
 
-  Works under jit, vmap and grad. Queries or keys with weight zero change nothing.
-
-  Args:
-    network: parameters.
-    features: of the queries, and their weights.
-    query: `[..., heads, n, dim]`.
-    key: `[..., heads, m, dim]`.
-    key_weights: `None`, mask or masses, `[..., heads or 1, m]`.
+  Works under jit, vmap and grad. Queries or keys with weight zero change nothing; the
+  masses of the queries come with their features.
   """
   context = context_of(network, features, query, key, key_weights)
   context = context - jax.lax.stop_gradient(network.context_shift)
@@ -137,7 +126,7 @@ def apply_network(
 
 
 def _encoding(
-  tokens: Array, weights: Weights, kernel: Array, bias: Array
+  tokens: Array, weights: Masses, kernel: Array, bias: Array
 ) -> Float[Array, "*batch heads encoding"]:
   """Mean of relu(kernel^T token + bias) over the valid tokens."""
   # Padding may hold anything: none of it may reach a gradient.

@@ -143,20 +143,11 @@ def plot_report(
     if others:
       compared["compiled"] = others
     plot_frontier(compared, panel, layer.name)
-    panel.plot(
-      standing.milliseconds,
-      standing.tv,
-      label="chosen",
-      linestyle="",
-      marker="o",
-      markersize=16,
-      markerfacecolor="none",
-      markeredgecolor="#d55e00",
-      markeredgewidth=1.5,
-      scalex=False,
-      scaley=False,
-      clip_on=False,
-    )
+    ring = {"marker": "o", "markersize": 16, "markerfacecolor": "none", "linestyle": ""}
+    ring |= {"markeredgecolor": "#d55e00", "markeredgewidth": 1.5, "label": "chosen"}
+    # It neither moves the limits nor is cut off by them.
+    apart = {"scalex": False, "scaley": False, "clip_on": False}
+    panel.plot(standing.milliseconds, standing.tv, **ring, **apart)
     panel.legend()
   if axes is None:
     right = max(panel.get_xlim()[1] for panel in panels)

@@ -6,13 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from asap_jax.plotting.style import (
-  array_of,
-  axes_or_new,
-  series_style,
-  subplots,
-  titled,
-)
+from asap_jax.plotting.depth import plot_curves
+from asap_jax.plotting.style import array_of, axes_or_new, subplots
 
 # Above this quantile weights are drawn alike: a few large ones would hide the rest.
 _BLACK_QUANTILE = 0.995
@@ -135,18 +130,19 @@ def plot_sinks(
     name: _received(name, plan, "[..., n, m]", range(2, 9))
     for name, plan in plans.items()
   }
-  axes = axes_or_new(axes, 5.0, 3.2)
-  axes.axhline(1.0, color="grey", linewidth=1.0)
-  for index, (name, sums) in enumerate(received.items()):
+  curves = {}
+  for name, sums in received.items():
     ordered = -np.sort(-sums, axis=-1)
     ordered = ordered.reshape(-1, ordered.shape[-1]).mean(0)
-    every = max(1, len(ordered) // 8)
-    style = {"markevery": (index, every), **series_style(index)}
-    axes.plot(np.arange(1, len(ordered) + 1), ordered, label=name, **style)
-  axes.set(xlabel="keys, the most attended first", ylabel="received / uniform share")
+    curves[name] = np.arange(1, len(ordered) + 1), ordered
+  labels = {
+    "xlabel": "keys, the most attended first",
+    "ylabel": "received / fair share",
+  }
+  axes = plot_curves(curves, axes, title, **labels)
+  axes.axhline(1.0, color="grey", linewidth=1.0, zorder=1.0)
   axes.set_ylim(0, None)
-  axes.legend()
-  return titled(axes, title)
+  return axes
 
 
 def _received(

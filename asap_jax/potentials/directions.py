@@ -10,15 +10,6 @@ Directions = Float[Array, "heads slices dim"]
 def gaussian(key: jax.Array, heads: int, slices: int, dim: int) -> Directions:
   """Independent directions, uniform on the sphere.
 
-  Args:
-    key: PRNG key.
-    heads: number of heads.
-    slices: directions per head.
-    dim: head dimension.
-
-  Returns:
-    Unit vectors `[heads, slices, dim]`.
-
   Raises:
     ValueError: if a size is below one.
   """
@@ -30,7 +21,10 @@ def orthogonal(key: jax.Array, heads: int, slices: int, dim: int) -> Directions:
   """Uniform directions, orthogonal within each block of `dim` of a head.
 
   Sliced estimates have less variance with them (Rowland et al., 2019, "Orthogonal
-  Estimation of Wasserstein Distances"). Arguments, result and errors as in `gaussian`.
+  Estimation of Wasserstein Distances").
+
+  Raises:
+    ValueError: if a size is below one.
   """
   _check_sizes(heads, slices, dim)
   blocks = -(-slices // dim)
@@ -39,15 +33,10 @@ def orthogonal(key: jax.Array, heads: int, slices: int, dim: int) -> Directions:
 
 
 def principal(covariance: Float[Array, "heads dim dim"], slices: int) -> Directions:
-  """The eigenvectors of each head's covariance with the largest eigenvalues.
+  """Eigenvectors of each head's covariance, those of the largest eigenvalues first.
 
-  Args:
-    covariance: symmetric matrices `[heads, dim, dim]`, for instance the sum of the
-      second moments of queries and keys over calibration data.
-    slices: directions per head, at most `dim`.
-
-  Returns:
-    Unit vectors `[heads, slices, dim]`, largest eigenvalue first.
+  The covariance is for instance the sum of the second moments of queries and keys over
+  calibration data.
 
   Raises:
     ValueError: if `slices` is below one or above `dim`.
@@ -63,7 +52,7 @@ def principal(covariance: Float[Array, "heads dim dim"], slices: int) -> Directi
 
 
 def normalise(directions: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-  """Scales vectors `[..., dim]` to unit length; a null vector stays null."""
+  """Vectors `[..., dim]` scaled to unit length; a null vector stays null."""
   squared = jnp.sum(directions**2, axis=-1, keepdims=True)
   # The inner `where` keeps the gradient of a null vector finite.
   return directions * jnp.where(

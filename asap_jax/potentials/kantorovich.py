@@ -1,14 +1,14 @@
-"""Exact one-dimensional Kantorovich potentials, and their sliced form.
+r"""Exact one-dimensional Kantorovich potentials, and their sliced form.
 
-For the cost c(x, y) = -xy the optimal coupling of two measures on the line is the
+For the cost $c(x, y) = -xy$ the optimal coupling of two measures on the line is the
 monotone one, and its dual potentials follow from one sort a side (Santambrogio, 2015,
 "Optimal Transport for Applied Mathematicians", chapter 2):
 
-  phi(x_(i+1)) - phi(x_(i)) = -Q_y(u_i) (x_(i+1) - x_(i)),
+$\phi(x_{(i+1)}) - \phi(x_{(i)}) = -Q_y(u_i) (x_{(i+1)} - x_{(i)})$,
 
-where Q_y is the quantile function of y and u_i the mass of the first i points of x.
-Where u_i falls on a jump of Q_y, any value between its two sides is optimal; the
-midpoint is taken here, for both sides, which keeps phi + psi = c on the coupling.
+where $Q_y$ is the quantile function of y and $u_i$ the mass of the first i points of x.
+Where $u_i$ falls on a jump of $Q_y$, any value between its two sides is optimal. Both
+sides take the midpoint: with it $\phi + \psi = c$ holds wherever mass is coupled.
 """
 
 from typing import Literal, NamedTuple
@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from asap_jax.masses import Weights, check_weights, masses, valid, zero_invalid
+from asap_jax.masses import (
+  Masses,
+  by_slice,
+  check_weights,
+  normalised,
+  valid,
+  zero_invalid,
+)
+from asap_jax.numerics import exact_einsum, float_dtype
 from asap_jax.potentials.sorting import (
   ascending,
   first_of_equals,
@@ -27,19 +35,24 @@ from asap_jax.potentials.sorting import (
   take,
 )
 
-# Masses closer than this (of a total of one) are one jump: float32 sums err by less.
+# Cumulative masses closer than this, of a total of one, count as equal: float32 sums
+# err by less. A jump that rounding hid would give one of its sides, not the midpoint.
 _MASS_TOLERANCE = 2e-6
 
 
 class Potentials(NamedTuple):
-  """Dual potentials of a one-dimensional transport problem; zero on absent points.
+  r"""Dual potentials of a one-dimensional transport problem; zero on absent points.
+
+  >>> x, y = jnp.array([0.0, 2.0]), jnp.array([5.0, 3.0])
+  >>> asap_jax.kantorovich_potentials(x, y).transport.tolist()  # 0 to 3, 2 to 5
+  [3.0, 5.0]
 
   Attributes:
     phi: potential of the points x, `[..., n]`, zero at the smallest of them.
-    psi: potential of the points y, `[..., m]`; phi_i + psi_j <= c(x_i, y_j), with
+    psi: potential of the points y, `[..., m]`; $\phi_i + \psi_j \le c(x_i, y_j)$, with
       equality where the optimal coupling has mass.
-    transport: the median of the mass that x_i sends, `[..., n]`: Q_y half-way through
-      the mass of x_i, so the optimal map itself where there is one.
+    transport: median of the mass that $x_i$ sends, `[..., n]`: $Q_y$ half-way through
+      the mass of $x_i$, so the optimal map itself where there is one.
   """
 
   phi: Float[Array, "... n"]
@@ -59,24 +72,30 @@ class _Sorted(NamedTuple):
 def kantorovich_potentials(
   x: Float[Array, "*batch n"],
   y: Float[Array, "*batch m"],
-  x_weights: Weights = None,
-  y_weights: Weights = None,
+  x_weights: Masses = None,
+  y_weights: Masses = None,
   *,
   cost: Literal["product", "squared"] = "product",
 ) -> Potentials:
-  """Exact dual potentials of transport on the line: one sort a side, no iteration.
+  r"""Exact dual potentials of transport on the line: one sort a side, no iteration.
 
-  Maximises sum_i a_i phi_i + sum_j b_j psi_j subject to phi_i + psi_j <= c(x_i, y_j).
+  $\max_{\phi, \psi} \sum_i a_i \phi_i + \sum_j b_j \psi_j$ subject to
+  $\phi_i + \psi_j \le c(x_i, y_j)$.
 
   Works under jit, vmap and grad. Potentials are piecewise smooth in x and y, and equal
   where points are. They are piecewise constant in the weights: that gradient is zero.
+
+  >>> x, y = jnp.array([0.0, 1.0, 3.0]), jnp.array([2.0, 1.0, 4.0])
+  >>> potentials = asap_jax.kantorovich_potentials(x, y)
+  >>> round(float(potentials.phi.sum() + potentials.psi.sum()), 3)  # -(0 + 2 + 12)
+  -14.0
 
   Args:
     x: points `[..., n]`, in any order.
     y: points `[..., m]`.
     x_weights: `None`, mask or masses `[..., n]` (see `asap_jax.masses`); masses below
       two millionths of the total are not told apart.
-    y_weights: likewise, `[..., m]`.
+    y_weights: masses of y, `[..., m]`.
     cost: `"product"` is -xy, `"squared"` is (x - y)^2 / 2.
 
   Returns:
@@ -94,7 +113,7 @@ def kantorovich_potentials(
   one_to_one = n == m and x_weights is None and y_weights is None
   if n * m > 2**31 and not one_to_one:
     raise ValueError(f"n * m = {n} * {m}: expected at most 2^31, for exact mass ratios")
-  dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+  dtype = float_dtype(x, y)
   x, y = x.astype(dtype), y.astype(dtype)
   xs, ys = _sort(x, y, x_weights, y_weights)
 
@@ -122,19 +141,24 @@ def sliced_potentials(
   query: Float[Array, "*batch n dim"],
   key: Float[Array, "*batch m dim"],
   directions: Float[Array, "*#batch slices dim"],
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
 ) -> tuple[Potentials, Float[Array, "*batch slices n"]]:
   """Potentials of the cost -xy along every direction, all heads and slices at once.
 
   Works under jit, vmap and grad, in the directions too.
+
+  >>> query, key = jnp.ones((2, 5, 3)), jnp.ones((2, 7, 3))
+  >>> potentials, projected = asap_jax.sliced_potentials(query, key, jnp.eye(3)[None])
+  >>> potentials.phi.shape, potentials.psi.shape, projected.shape
+  ((2, 3, 5), (2, 3, 7), (2, 3, 5))
 
   Args:
     query: `[..., n, dim]`.
     key: `[..., m, dim]`.
     directions: `[..., slices, dim]`, broadcast over leading axes, used as given.
     query_weights: `None`, mask or masses `[..., n]`.
-    key_weights: likewise, `[..., m]`.
+    key_weights: masses of the keys, `[..., m]`.
 
   Returns:
     `Potentials` with arrays `[..., slices, n]` and `[..., slices, m]`, and the
@@ -153,23 +177,19 @@ def sliced_potentials(
   check_weights("query_weights", query_weights, query.shape[-2])
   check_weights("key_weights", key_weights, key.shape[-2])
   x, y = (
-    # Default precision on a GPU is TF32: too coarse for values to be sorted. With
-    # directions for all of the batch, no array is transposed.
-    jnp.einsum(
+    # With directions for all of the batch, no array is transposed.
+    exact_einsum(
       "...nd,...ld->...nl",
       points,
       jnp.broadcast_to(directions, (*points.shape[:-2], *directions.shape[-2:])),
-      precision=jax.lax.Precision.HIGHEST,
-      preferred_element_type=jnp.promote_types(points.dtype, jnp.float32),
     ).swapaxes(-1, -2)
     for points in (query, key)
   )
-  by_slice = [w if w is None else w[..., None, :] for w in (query_weights, key_weights)]
-  return kantorovich_potentials(x, y, *by_slice), x
+  return kantorovich_potentials(x, y, *by_slice(query_weights, key_weights)), x
 
 
 def _sort(
-  x: Array, y: Array, x_weights: Weights, y_weights: Weights
+  x: Array, y: Array, x_weights: Masses, y_weights: Masses
 ) -> tuple[_Sorted, _Sorted]:
   exact = all(w is None or w.dtype == jnp.bool_ for w in (x_weights, y_weights))
   x, y = _infinite(x, x_weights), _infinite(y, y_weights)
@@ -181,15 +201,16 @@ def _sort(
   return _describe(*of_x, x_weights, exact), _describe(*of_y, y_weights, exact)
 
 
-def _infinite(x: Array, weights: Weights) -> Array:
-  """The points in front; absent ones at infinity: last of all."""
+def _infinite(x: Array, weights: Masses) -> Array:
+  """Points along the first axis; absent ones at infinity, so that they come last."""
   mask = valid(weights)
   return jnp.moveaxis(x if mask is None else jnp.where(mask, x, jnp.inf), -1, 0)
 
 
-def _describe(values: Array, order: Array, weights: Weights, exact: bool) -> _Sorted:
+def _describe(values: Array, order: Array, weights: Masses, exact: bool) -> _Sorted:
   n = values.shape[0]
   # Equal points share the first of their places: their potentials are equal, too.
+  # NaN equals nothing, so that absent points, all infinite, are no run of equals.
   places = first_of_equals(jnp.where(jnp.isfinite(values), values, jnp.nan))
   rank = inverse(order, places)
   mask = valid(weights)
@@ -199,25 +220,28 @@ def _describe(values: Array, order: Array, weights: Weights, exact: bool) -> _So
     values = jnp.where(places_of(values) < count, values, 0.0)
   if exact:
     return _Sorted(values, rank, count, None)
-  mass = masses(weights, n)
-  mass = jnp.broadcast_to(mass, (*values.shape[1:], n))
-  return _Sorted(
-    values, rank, count, jnp.cumsum(take(jnp.moveaxis(mass, -1, 0), order), axis=0)
-  )
+  mass = jnp.broadcast_to(normalised(weights, n), (*values.shape[1:], n))
+  mass = take(jnp.moveaxis(mass, -1, 0), order)
+  return _Sorted(values, rank, count, jnp.cumsum(mass, axis=0))
 
 
 def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
-  """Q_y after each of the n points of x, or half-way through its mass: `[n, ...]`."""
+  """Q_y after each of the n points of x, or half-way through its mass: `[n, ...]`.
+
+  Where that level is a jump of Q_y, the mean of both its sides.
+  """
   whole = isinstance(xs.count, int) and isinstance(ys.count, int) and ys.mass is None
   if whole and xs.count == ys.count:
     # Sorted points match one to one: no gather, which is slow on every device.
     above = jnp.concatenate([ys.values[1:], ys.values[-1:]])
     return ys.values if halfway else (ys.values + above) / 2
-  if ys.mass is None:  # equal masses: compare i / n with j / m in whole numbers
+  if ys.mass is None:
+    # Equal masses: i / n is compared with j / m in whole numbers, i m with j n. Rounded
+    # ratios would miss jumps, which are common here: one at every i for n = m.
     rank = places_of(xs.values).astype(jnp.uint32)
     count_x, count_y = (jnp.asarray(s.count, jnp.uint32) for s in (xs, ys))
     count_x = jnp.maximum(count_x, 1)
-    # Past the last point, anything finite will do; it also keeps clear of overflow.
+    # Past the last point any finite value will do; the bound also prevents overflow.
     rank = jnp.minimum(rank, count_x - 1)
     level = (2 * rank + 1) * count_y if halfway else (rank + 1) * count_y
     share = 2 * count_x if halfway else count_x

@@ -1,11 +1,11 @@
 """Sorting many short sequences of floats: in which order their points come.
 
-Points stand along the first axis here, and the sequences side by side: what is done to
-all of them is then one vector instruction a number on a CPU.
+Arrays are `[points, sequences]` here: points stand along the first axis, so that one
+vector instruction of a CPU compares the points of many sequences.
 
-Carrying an index along costs XLA's sort on a CPU ten times the sort. Points are rounded
-to integers that hold their index in the low bits, therefore, and those sorted alone;
-what the rounding left in the wrong order is mended by exchanges of neighbours. On a CPU
+XLA's sort on a CPU takes ten times longer with an index beside the numbers. So points
+are rounded to integers that hold their index in the low bits, and the integers sorted
+alone; exchanges of neighbours then mend what rounding left in the wrong order. On a CPU
 a bitonic network (Batcher, 1968, "Sorting networks and their applications") is many
 times faster than XLA's sort: its stages are minima and maxima of all sequences at once.
 """
@@ -23,19 +23,21 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 _MOST_POINTS = 4096
 _LEAST_NUMBERS = 2**14
 _LEAST_ROWS = 16
-# Stages of the network in one loop: of more, XLA computes too much time and again.
+# Stages of the network that one loop runs: with more, XLA computes results many times
+# over instead of storing them.
 _STAGES = 2
 
 
 def order_of(x: Float[Array, "n *batch"]) -> Int[Array, "n *batch"]:
-  """The places of each sequence's points in ascending order; equal points by place.
+  """Places of each sequence's points in ascending order; equal points by place.
 
-  What `jnp.argsort(x, axis=0)` gives, many times faster on a CPU. Works under jit and
-  vmap; the gradient is zero. Sequences that hold NaN come in any order.
+  The result is that of `jnp.argsort(x, axis=0)`, many times faster on a CPU. Works
+  under jit and vmap; the gradient is zero. Sequences that hold NaN come in any order.
   """
   return ascending(jax.lax.stop_gradient(x))[1]
 
 
+# Reverse mode cannot pass the loop of the mending, and tangents need only the order.
 @jax.custom_jvp
 def ascending(
   x: Float[Array, "n *batch"],
@@ -62,27 +64,25 @@ def _ascending_jvp(primals, tangents):
 def take(
   values: Shaped[Array, "n *batch"], places: Int[Array, "k *batch"]
 ) -> Shaped[Array, "k *batch"]:
-  """Of each sequence what stands at these places."""
+  """Points of each sequence at these places."""
   return jnp.take_along_axis(values, places, axis=0, mode="promise_in_bounds")
 
 
 def places_of(x: Shaped[Array, "n *batch"]) -> Int[Array, "n *ones"]:
-  """The places 0, 1, ... of the points, with axes of size one for the sequences."""
+  """Places 0, 1, ... of the points, with axes of size one for the sequences."""
   return jnp.arange(x.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def inverse(
   order: Int[Array, "n *batch"], places: Int[Array, "n *batch"] | None = None
 ) -> Int[Array, "n *batch"]:
-  """The inverse of each sequence's permutation: where each point went.
+  """Inverse of each sequence's permutation: where each point went.
 
-  Or, given `places`, what stands there in them: places[inverse(order)].
+  With `places`, the label that stands there: places[inverse(order)].
   """
-  n = order.shape[0]
-  columns = order.reshape(n, -1)
-  if places is None:
-    places = places_of(order)
+  places = places_of(order) if places is None else places
   places = jnp.broadcast_to(places, order.shape).astype(order.dtype)
+  columns = order.reshape(order.shape[0], -1)
   width = columns.shape[1]
   flat = (columns * width + jnp.arange(width, dtype=order.dtype)).reshape(-1)
   found = jnp.zeros_like(flat).at[flat]
@@ -92,7 +92,7 @@ def inverse(
 
 
 def first_of_equals(ordered: Float[Array, "n *batch"]) -> Int[Array, "n *batch"]:
-  """For each place of an ascending sequence, the first that holds the same number."""
+  """First place that holds the same number, for each place of an ascending sequence."""
   ordered = jax.lax.stop_gradient(ordered)
   tied = ordered[1:] == ordered[:-1]
   tied = jnp.pad(tied, [(1, 0)] + [(0, 0)] * (tied.ndim - 1))
@@ -112,9 +112,14 @@ def _index_bits(n: int) -> int:
 
 
 def _packed(x: Array) -> Array:
-  """Integers in the order of `x` up to rounding, with the index in the low bits."""
+  """Integers in the order of `x` up to rounding, with the index in the low bits.
+
+  The index makes every integer unique, so that equal points keep their order and any
+  sort is a stable one.
+  """
   n, bits = x.shape[0], 8 * x.dtype.itemsize
   finite = jnp.isfinite(x)
+  # Levels span each sequence's own range: none of them is lost to other sequences.
   least = jnp.min(x, axis=0, where=finite, initial=jnp.inf)
   largest = jnp.max(x, axis=0, where=finite, initial=-jnp.inf)
   spread = largest - least
@@ -135,7 +140,11 @@ def _sort(keys: Array) -> Array:
 
 
 def _mend(x: Array, order: Array) -> tuple[Array, Array]:
-  """Exchanges neighbours until all sequences ascend: seldom more than a turn or two."""
+  """Exchanges neighbours until all sequences ascend: seldom more than a turn or two.
+
+  Only points that share a level are out of order, and those are few and side by side;
+  where an outlier takes all levels for itself, it is still right, only slower.
+  """
 
   def turn(carry):
     return _exchange_neighbours(_exchange_neighbours(carry, 0), 1)
@@ -144,19 +153,16 @@ def _mend(x: Array, order: Array) -> tuple[Array, Array]:
 
 
 def _exchange_neighbours(carry: tuple[Array, Array], first: int) -> tuple[Array, Array]:
-  """Puts points in order two and two, from the place `first` on."""
+  """Points with every pair of neighbours in order, counted from the place `first`."""
   values, order = carry
-  pairs = (values.shape[0] - first) // 2
-  last = first + 2 * pairs
+  last = first + (values.shape[0] - first) // 2 * 2
   left, right = (slice(first + side, last, 2) for side in (0, 1))
   exchanged = values[left] > values[right]
 
   def exchange(of):
-    parts = (
-      jnp.where(exchanged, of[right], of[left]),
-      jnp.where(exchanged, of[left], of[right]),
-    )
-    inside = jnp.stack(parts, axis=1).reshape(2 * pairs, *of.shape[1:])
+    small = jnp.where(exchanged, of[right], of[left])
+    great = jnp.where(exchanged, of[left], of[right])
+    inside = jnp.stack([small, great], axis=1).reshape(-1, *of.shape[1:])
     return jnp.concatenate([of[:first], inside, of[last:]])
 
   return exchange(values), exchange(order)
@@ -169,13 +175,16 @@ def _descends(carry: tuple[Array, Array]) -> Bool[Array, ""]:
 
 @jax.jit
 def bitonic_sort(keys: Int[Array, "n *batch"]) -> Int[Array, "n *batch"]:
-  """Integers sorted along the first axis, by a network."""
+  """Integers sorted along the first axis, by a network.
+
+  Which points are compared does not depend on their values, so that nothing branches
+  and all sequences go through the stages together.
+  """
   n, *batch = keys.shape
   bits = _index_bits(n)
+  largest = jnp.iinfo(keys.dtype).max
   keys = jnp.pad(
-    keys.reshape(n, -1),
-    ((0, (1 << bits) - n), (0, 0)),
-    constant_values=jnp.iinfo(keys.dtype).max,
+    keys.reshape(n, -1), ((0, (1 << bits) - n), (0, 0)), constant_values=largest
   )
   for merge in range(1, bits + 1):  # of sorted runs, two and two
     left, mirrored = merge, True
@@ -189,33 +198,28 @@ def bitonic_sort(keys: Int[Array, "n *batch"]) -> Int[Array, "n *batch"]:
 def _exchange(keys: Array, block: int, count: int, *, mirrored: bool) -> Array:
   """`count` stages: smaller keys to the first half of each block, then of each half.
 
-  Mirrored, the second half is read backwards in the first of them, for both ascend;
-  what that leaves backwards the stages after it put right.
+  Mirrored, the first stage reads the second half backwards, since both halves ascend;
+  it leaves that half's pieces backwards inside, which the stages after it put right.
   """
   shape, ways = keys.shape, 1 << count
   pieces = keys.reshape(-1, ways, block // ways, shape[1])
   parts = [pieces[:, place] for place in range(ways)]
   apart = ways // 2
-  if mirrored:
-    for place in range(apart):
-      small, great = parts[place], parts[-1 - place][:, ::-1]
-      parts[place] = jnp.minimum(small, great)
-      parts[-1 - place] = jnp.maximum(small, great)
-    apart //= 2
   while apart:
     for place in range(ways):
       if not place & apart:
-        small, great = parts[place], parts[place + apart]
+        other = ways - 1 - place if mirrored else place + apart
+        small, great = parts[place], parts[other][:, :: -1 if mirrored else 1]
         parts[place] = jnp.minimum(small, great)
-        parts[place + apart] = jnp.maximum(small, great)
-    apart //= 2
+        parts[other] = jnp.maximum(small, great)
+    apart, mirrored = apart // 2, False
   return jnp.stack(parts, axis=1).reshape(shape)
 
 
 def search(
   ordered: Shaped[Array, "n *#batch"], values: Shaped[Array, "k *#batch"]
 ) -> Int[Array, "k *batch"]:
-  """How many of each ascending sequence are below each of the values.
+  """Number of points of each ascending sequence that are below each of the values.
 
   Bisection in log2(n) steps, for all sequences and values at once.
   """

@@ -1,15 +1,18 @@
-"""Sliced potentials as a dual of the whole problem, with nothing learned.
+r"""Sliced potentials as a dual of the whole problem, with nothing learned.
 
-Where U, V are bases with U^T V = I, the product <x, y> = sum_l (Ux)_l (Vy)_l is a sum
-over slices, so their one-dimensional potentials for the cost -xy, added up, are
-feasible for the cost -<x, y>. The canonical bases U = Q^T Sx^(-1/2), V = Q^T Sx^(1/2),
-with Sx, Sy the covariances and Q the eigenvectors of Sx^(1/2) Sy Sx^(1/2), make both
-clouds uncorrelated: the sum is then optimal for any two Gaussians, and goes beyond
-their quadratic potentials where the marginals do. Entropy flattens a dual: that of two
-Gaussians on the line of deviations s and t is rho times the unregularised one, about
-their means, with rho = sqrt(1 + k^2) - k and k = epsilon / (2 s t) (it follows from
-Janati et al., 2020, "Entropic Optimal Transport between Unbalanced Gaussian Measures
-has a Closed Form"), so every slice is shrunk by its rho. The bases are our choice.
+Where U, V are bases with $U^T V = I$, the product
+$\langle x, y \rangle = \sum_l (Ux)_l (Vy)_l$ is a sum over slices, so their
+one-dimensional potentials for the cost $-xy$, added up, are feasible for the cost
+$-\langle x, y \rangle$. The canonical bases are $U = Q^T S_x^{-1/2}$ and
+$V = Q^T S_x^{1/2}$, with covariances $S_x$, $S_y$ and Q the eigenvectors of
+$S_x^{1/2} S_y S_x^{1/2}$. They make both clouds uncorrelated: the sum is then optimal
+for any two Gaussians, and follows the marginals where they are not Gaussian.
+
+Entropy flattens a dual. For two Gaussians on the line of deviations s and t it is
+$\rho$ times the unregularised one, about their means, with
+$\rho = \sqrt{1 + k^2} - k$ and $k = \epsilon / (2 s t)$ (it follows from Janati et al.,
+2020, "Entropic Optimal Transport between Unbalanced Gaussian Measures has a Closed
+Form"), so every slice is shrunk by its $\rho$. The bases are our choice.
 """
 
 from typing import Literal, NamedTuple
@@ -18,7 +21,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.masses import Weights, centre, check_weights, masses, mean, zero_invalid
+from asap_jax.masses import (
+  Masses,
+  by_slice,
+  centre,
+  check_weights,
+  mean,
+  normalised,
+  zero_invalid,
+)
+from asap_jax.numerics import exact_einsum, float_dtype
 from asap_jax.potentials.kantorovich import kantorovich_potentials
 
 Slicing = Literal["canonical", "principal"]
@@ -27,11 +39,11 @@ _EIGENVALUE_FLOOR = 1e-6
 
 
 class PairedBases(NamedTuple):
-  """Paired bases: <x, y> = sum_l <query_l, x> <key_l, y>.
+  """Paired bases U and V of queries and keys, with $U^T V = I$.
 
   Attributes:
-    query: of the queries, `[..., slices, dim]`.
-    key: of the keys, likewise.
+    query: U, of the queries, `[..., slices, dim]`.
+    key: V, of the keys, `[..., slices, dim]`.
   """
 
   query: Float[Array, "... slices dim"]
@@ -41,8 +53,8 @@ class PairedBases(NamedTuple):
 def paired_bases(
   query: Float[Array, "*batch n dim"],
   key: Float[Array, "*batch m dim"],
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   *,
   kind: Slicing = "canonical",
 ) -> PairedBases:
@@ -55,7 +67,7 @@ def paired_bases(
     query: `[..., n, dim]`.
     key: `[..., m, dim]`.
     query_weights: `None`, mask or masses `[..., n]`.
-    key_weights: likewise, `[..., m]`.
+    key_weights: masses of the keys, `[..., m]`.
     kind: `"canonical"` (module docstring), or `"principal"`: the eigenvectors of both
       covariances, each of trace one, added up.
 
@@ -79,27 +91,31 @@ def paired_bases(
   values, vectors = jnp.linalg.eigh(of_query)
   values = jnp.maximum(values, _EIGENVALUE_FLOOR * _positive(values[..., -1])[..., 0])
   deviations = jnp.sqrt(values)[..., None, :]
-  root = _matmul(vectors * deviations, jnp.swapaxes(vectors, -1, -2))
-  inverse = _matmul(vectors / deviations, jnp.swapaxes(vectors, -1, -2))
-  middle = _matmul(_matmul(root, of_key), root)
+  product = "...ij,...jk->...ik"
+  back = jnp.swapaxes(vectors, -1, -2)
+  root = exact_einsum(product, vectors * deviations, back)
+  inverse = exact_einsum(product, vectors / deviations, back)
+  middle = exact_einsum("...ij,...jk,...kl->...il", root, of_key, root)
   axes = jnp.swapaxes(jnp.linalg.eigh(middle)[1], -1, -2)
-  return PairedBases(_matmul(axes, inverse), _matmul(axes, root))
+  return PairedBases(
+    exact_einsum(product, axes, inverse), exact_einsum(product, axes, root)
+  )
 
 
 def sliced_start(
   query: Float[Array, "*batch n dim"],
   key: Float[Array, "*batch m dim"],
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   *,
   slices: Slicing | Float[Array, "*#batch slices dim"] = "canonical",
   entropic: bool = True,
 ) -> Float[Array, "*batch n"]:
-  """A query-side dual for the logits query key^T, in their units, nothing learned.
+  r"""Query-side dual for the logits query key^T, in their units, nothing learned.
 
-  f_i = -<q_i, mean k> + w sum_l rho_l phi_l(i), with phi the one-dimensional potentials
-  of the centred clouds along the slices (module docstring), centred. It leaves out the
-  logarithm of the masses, which `asap_jax.Duals` contain.
+  $f_i = -\langle q_i, \bar k \rangle + w \sum_l \rho_l \phi_l(i)$, with $\phi_l$ the
+  one-dimensional potentials of the centred clouds along the slices (module docstring),
+  centred. It leaves out the logarithm of the masses, which `asap_jax.Duals` contain.
 
   Works under jit, vmap and grad; bases that depend on the points are constants there.
 
@@ -107,7 +123,7 @@ def sliced_start(
     query: `[..., n, dim]`, scaled such that the logits are `query key^T`.
     key: `[..., m, dim]`.
     query_weights: `None`, mask or masses `[..., n]`.
-    key_weights: likewise, `[..., m]`.
+    key_weights: masses of the keys, `[..., m]`.
     slices: `"canonical"` or `"principal"`, w = 1; or unit directions
       `[..., slices, dim]`, w = dim / slices: the average over the sphere for random
       ones, exact for whole orthogonal bases.
@@ -120,12 +136,12 @@ def sliced_start(
     ValueError: if dimensions or weights do not fit, or `slices` is unknown.
   """
   _check(query, key, query_weights, key_weights)
-  dtype = jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
+  dtype = float_dtype(query, key)
   query = zero_invalid(query.astype(dtype), query_weights, axis=-2)
   key = zero_invalid(key.astype(dtype), key_weights, axis=-2)
   if isinstance(slices, str):
-    weights = query_weights, key_weights
-    bases, share = paired_bases(query, key, *weights, kind=slices), 1.0
+    bases = paired_bases(query, key, query_weights, key_weights, kind=slices)
+    share = 1.0
   elif slices.ndim < 2 or slices.shape[-1] != query.shape[-1]:
     raise ValueError(
       f"slices has shape {slices.shape}: expected [..., slices, {query.shape[-1]}]"
@@ -135,10 +151,10 @@ def sliced_start(
     share = slices.shape[-1] / slices.shape[-2]
   x = _projected(centre(query, query_weights, axis=-2), bases.query)
   y = _projected(centre(key, key_weights, axis=-2), bases.key)
-  by_slice = [w if w is None else w[..., None, :] for w in (query_weights, key_weights)]
-  phi = kantorovich_potentials(x, y, *by_slice).phi
+  weights = by_slice(query_weights, key_weights)
+  phi = kantorovich_potentials(x, y, *weights).phi
   if entropic:
-    spread = mean(x**2, by_slice[0]) * mean(y**2, by_slice[1])
+    spread = mean(x**2, weights[0]) * mean(y**2, weights[1])
     # rho = 1 / (k + sqrt(1 + k^2)) times 2 s t above and below: no slice divides by 0.
     product = 2.0 * jnp.sqrt(jnp.where(spread > 0, spread, 1.0))
     rho = product / (1.0 + jnp.sqrt(1.0 + product**2))
@@ -149,7 +165,7 @@ def sliced_start(
 
 
 def _check(
-  query: Array, key: Array, query_weights: Weights, key_weights: Weights
+  query: Array, key: Array, query_weights: Masses, key_weights: Masses
 ) -> None:
   if query.shape[-1] != key.shape[-1]:
     raise ValueError(
@@ -159,13 +175,16 @@ def _check(
   check_weights("key_weights", key_weights, key.shape[-2])
 
 
-def _covariance(points: Array, weights: Weights) -> Array:
-  """`[..., dim, dim]`, a constant for differentiation, as eigenvectors may be many."""
-  points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
-  points = zero_invalid(jax.lax.stop_gradient(points), weights, axis=-2)
+def _covariance(points: Array, weights: Masses) -> Array:
+  """Covariance `[..., dim, dim]`, without gradient.
+
+  That of eigenvectors is infinite where eigenvalues coincide.
+  """
+  points = jax.lax.stop_gradient(points.astype(float_dtype(points)))
+  points = zero_invalid(points, weights, axis=-2)
   centred = centre(points, weights, axis=-2)
-  mass = masses(weights, points.shape[-2])[..., :, None]
-  return _matmul(jnp.swapaxes(centred * mass, -1, -2), centred)
+  mass = normalised(weights, points.shape[-2])[..., :, None]
+  return exact_einsum("...ni,...nj->...ij", centred * mass, centred)
 
 
 def _positive(value: Array) -> Array:
@@ -174,10 +193,5 @@ def _positive(value: Array) -> Array:
 
 
 def _projected(points: Array, basis: Array) -> Array:
-  """`[..., slices, n]`."""
-  return _matmul(basis, jnp.swapaxes(points, -1, -2))
-
-
-def _matmul(a: Array, b: Array) -> Array:
-  # A GPU's TF32 is too coarse for what is sorted or inverted.
-  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+  """Coordinates of points along a basis, `[..., slices, n]`."""
+  return exact_einsum("...ld,...nd->...ln", basis, points)

@@ -22,10 +22,12 @@ class SlicedDualInitializer(initializers.DefaultInitializer):
   included, whatever the masses (zero ones too), sizes and epsilon; of a schedule, the
   first epsilon counts. It is a pytree, and works under jit and vmap.
 
+  >>> from ott.geometry import pointcloud
+  >>> from ott.solvers import linear
   >>> x, y = jax.random.normal(jax.random.key(0), (2, 16, 2))
-  >>> cloud = ott.geometry.pointcloud.PointCloud(x, y, epsilon=0.5)
   >>> start = asap_jax.SlicedDualInitializer()
-  >>> bool(ott.solvers.linear.solve(cloud, initializer=start).converged)
+  >>> output = linear.solve(pointcloud.PointCloud(x, y, epsilon=0.5), initializer=start)
+  >>> bool(output.converged)
   True
 
   Args:
@@ -72,7 +74,7 @@ class SlicedDualInitializer(initializers.DefaultInitializer):
       )
     epsilon = geometry.epsilon_scheduler(0)
     x = zero_invalid(geometry.x, a, axis=-2)
-    query, own = geometry.inv_scale_cost * x / epsilon, 0.0
+    query, own = geometry.inv_scale_cost * x / epsilon, jnp.zeros_like(a)
     if isinstance(cost, costs.SqEuclidean):
       # |x - y|^2 = |x|^2 - 2 <x, y> + |y|^2; f takes the first term, g, which
       # Sinkhorn's first half-step makes, the last.

@@ -17,9 +17,9 @@ class RidgeStatistics(NamedTuple):
   """Sums over all tokens seen so far, per head.
 
   Attributes:
-    gram: F^T F, `[heads, features, features]`, float64.
-    moment: F^T t, `[heads, features]`.
-    power: t^T t, `[heads]`.
+    gram: $F^T F$ of features F, `[heads, features, features]`, float64.
+    moment: $F^T t$ with the target t, `[heads, features]`.
+    power: $t^T t$, `[heads]`.
     count: tokens, `[heads]`.
   """
 
@@ -57,17 +57,14 @@ def add_batch(
   target: ArrayLike,
   mask: ArrayLike | None = None,
 ) -> RidgeStatistics:
-  """Statistics with one more batch.
+  """Statistics with one more batch; the given ones stay as they are.
 
   Args:
-    statistics: what came before.
+    statistics: of the batches before.
     features: `[batch, heads, n, features]`, centred over the valid tokens of each
       sequence and zero at the others (`asap_jax.dual_map.features.dual_features`).
-    target: duals to predict, `[batch, heads, n]`, centred likewise.
+    target: duals to predict, `[batch, heads, n]`, centred and zero there, too.
     mask: valid tokens, `[batch, heads or 1, n]`; all by default.
-
-  Returns:
-    New statistics; the given ones stay as they are.
 
   Raises:
     ValueError: if shapes do not fit, or features or target are not finite.
@@ -86,7 +83,7 @@ def add_batch(
         f"{name}: {np.count_nonzero(~np.isfinite(values))} of {values.size} values are "
         "not finite; the teacher's activations overflow on this batch"
       )
-  mask = np.ones(target.shape, bool) if mask is None else np.asarray(mask)
+  mask = True if mask is None else np.asarray(mask)
   count = np.broadcast_to(mask, target.shape).sum((0, 2))
   columns = features.astype(np.float64).transpose(1, 0, 2, 3).reshape(heads, -1, size)
   target = target.astype(np.float64).transpose(1, 0, 2).reshape(heads, -1, 1)
@@ -100,15 +97,12 @@ def add_batch(
 
 
 def solve_ridge(statistics: RidgeStatistics, ridge: float = 1e-6) -> RidgeFit:
-  """Weights that minimise mean (t - F w)^2 + ridge |D w|^2, D the features' deviations.
+  """Weights that minimise $mean (t - F w)^2 + ridge |D w|^2$, D the deviations of F.
 
   Args:
     statistics: of at least as many tokens per head as there are features.
     ridge: penalty relative to the variance of each feature, positive. It bounds the
       weights that nearly collinear features can take.
-
-  Returns:
-    `RidgeFit`.
 
   Raises:
     ValueError: if there are too few tokens or `ridge` is not positive.
@@ -126,17 +120,14 @@ def solve_ridge(statistics: RidgeStatistics, ridge: float = 1e-6) -> RidgeFit:
   deviation = np.sqrt(np.einsum("hff->hf", statistics.gram) / count)
   # A feature that never varies gets no weight.
   safe = np.where(deviation > 0, deviation, 1.0)
-  correlation = statistics.gram / (
-    safe[:, :, None] * safe[:, None, :] * count[..., None]
+  gram, moment, power, _ = statistics
+  correlation = gram / (safe[:, :, None] * safe[:, None, :] * count[..., None])
+  standard = np.linalg.solve(
+    correlation + ridge * np.eye(size), (moment / (safe * count))[..., None]
   )
-  moment = statistics.moment / (safe * count)
-  standard = np.linalg.solve(correlation + ridge * np.eye(size), moment[..., None])
   weights = standard[..., 0] / safe
-  fitted = np.einsum("hf,hfg,hg->h", weights, statistics.gram, weights)
-  residual = (
-    statistics.power - 2 * np.einsum("hf,hf->h", weights, statistics.moment) + fitted
-  )
-  power = np.where(statistics.power > 0, statistics.power, 1.0)
+  residual = power - 2 * (weights * moment).sum(-1)
+  residual += np.einsum("hf,hfg,hg->h", weights, gram, weights)
   # A constant dual (all tokens alike) is predicted exactly by anything centred.
-  r2 = np.where(statistics.power > 0, 1.0 - residual / power, 1.0)
+  r2 = np.where(power > 0, 1.0 - residual / np.where(power > 0, power, 1.0), 1.0)
   return RidgeFit(weights.astype(np.float32), r2)
