@@ -1,1 +1,4 @@
-"""Experiments: each module runs as `python -m experiments.<name> --out DIR`."""
+"""Experiments: each runs as `python -m experiments.NAME --out DIR`.
+
+They import `common` and `datasets`, but never each other.
+"""

@@ -3,8 +3,8 @@
 python -m experiments.figures --out DIR [--seed N]
 """
 
-import argparse
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 import asap_jax
 from asap_jax import metrics, plotting
-from asap_jax.compiler.sites import find_sinkhorn, held_at, recorder
 from asap_jax.plotting import series_style
-from asap_jax.potentials import directions as slices
+from asap_jax.potentials.directions import normalise
+from experiments.common.arguments import add_seed, parser_for, whole
 from experiments.common.digits import batches_of, digits, shift_digits
 from experiments.common.models import Encoder, EncoderConfig
-from experiments.common.results import new_directory
+from experiments.common.replacements import layers_of
 from experiments.common.train import TrainConfig, train_classifier
 
 ITERATIONS, SLICES, INPUTS = 20, 4, 64
@@ -28,7 +28,7 @@ MODEL = EncoderConfig(length=64, token_size=1, classes=10)
 
 
 class Pieces(NamedTuple):
-  """One head on one input, and what the compiled layer makes of it.
+  """One head on one input, through the steps of the compiled layer.
 
   Attributes:
     query: `[n, dim]`.
@@ -57,13 +57,12 @@ class Pieces(NamedTuple):
   tv: float
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", type=new_directory, required=True, help="new directory")
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--steps", type=int, default=300, help="training steps")
-  parser.add_argument("--refine-steps", type=int, default=200)
-  args = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = parser_for(__doc__)
+  add_seed(parser)
+  parser.add_argument("--steps", type=whole(1), default=300, help="training steps")
+  parser.add_argument("--refine-steps", type=whole(0), default=200)
+  args = parser.parse_args(arguments)
   pieces = compute(args.seed, args.steps, args.refine_steps)
   args.out.mkdir(parents=True, exist_ok=True)
   draw(pieces).savefig(args.out / "method.png", dpi=160)
@@ -76,27 +75,25 @@ def compute(seed: int, steps: int, refine_steps: int) -> Pieces:
   That is where one Sinkhorn iteration from zero errs most, over all inputs.
   """
   data = digits(seed)
-  train = data.train._replace(inputs=data.train.inputs[..., None])
   sinkhorn = functools.partial(
     asap_jax.sinkhorn_attention, iterations=ITERATIONS, implementation="xla"
   )
   teacher = Encoder(MODEL, sinkhorn, nnx.Rngs(seed))
-  train_classifier(teacher, train, TrainConfig(steps), seed, "Training", shift_digits)
+  train_classifier(
+    teacher, data.train, TrainConfig(steps), seed, "Training", shift_digits
+  )
   compiled, _ = asap_jax.compile(
     teacher,
-    batches_of(train.inputs, 64),
+    batches_of(data.train.inputs, 64),
     SLICES,
     features=("potentials",),
     hidden=0,
     refine_steps=refine_steps,
     seed=seed,
   )
-  sites = find_sinkhorn(teacher)
-  record = recorder(teacher, sites, lambda model, batch: model(batch))
-  seen = record(data.test.inputs[:INPUTS, :, None])
   found = []
-  for site, (activation,) in zip(sites, seen, strict=True):
-    dual_map = held_at(compiled, site).dual_map
+  for layer in layers_of(teacher, {"asap": compiled}, data.test.inputs[:INPUTS]):
+    (activation,), dual_map = layer.calls, layer.held["asap"].dual_map
     tokens, logits = (activation.query, activation.key), activation.logits
     dual = asap_jax.teacher.sinkhorn_source_dual(logits, ITERATIONS)
     predicted = asap_jax.predict_dual(dual_map, *tokens)
@@ -107,7 +104,7 @@ def compute(seed: int, steps: int, refine_steps: int) -> Pieces:
     missed = metrics.total_variation(cut, teacher_plan).mean(-1)
     tv = metrics.total_variation(plan, teacher_plan).mean((0, 2))
     for head in range(logits.shape[1]):
-      directions = slices.normalise(dual_map.directions[head])
+      directions = normalise(dual_map.directions[head])
       at = int(missed[:, head].argmax())
       query, key = (side[at, head] for side in tokens)
       potentials, x = asap_jax.sliced_potentials(query, key, directions)

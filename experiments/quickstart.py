@@ -3,36 +3,32 @@
 python -m experiments.quickstart --out DIR [--seed N] [--attention NAME ...]
 """
 
-import argparse
 import functools
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flax import nnx
 
 import asap_jax
-from asap_jax.compiler.fidelity import Operator, operator_of, plan_of
-from asap_jax.compiler.sites import find_sinkhorn, held_at, recorder
 from asap_jax.plotting import plot_plans
 from experiments.common import replacements
-from experiments.common.attentions import TRAINABLE, trainable
-from experiments.common.digits import Split, batches_of, digits, shift_digits
-from experiments.common.models import Encoder, EncoderConfig
-from experiments.common.results import new_directory, print_rows, write_results
-from experiments.common.train import TrainConfig, accuracy, predict, train_classifier
-from experiments.peers import __main__ as peers
+from experiments.common.arguments import add_seed, parser_for, whole
+from experiments.common.attentions import TRAINABLE, build, trainable
+from experiments.common.digits import Split, batches_of, digits
+from experiments.common.models import EncoderConfig
+from experiments.common.results import print_end, print_rows, write_results
+from experiments.common.timing import Laps
+from experiments.common.train import accuracy, predict, train_encoders
 
-ITERATIONS, CUTS, SLICES, REFINE_STEPS = 20, (1, 2, 3, 5), 8, 500
+CUTS, ITERATIONS, SLICES, REFINE_STEPS = (1, 2, 3, 5), 20, 8, 500
 MODEL = EncoderConfig(length=64, token_size=1, classes=10)
 
 
-def main(arguments: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", type=new_directory, required=True, help="new directory")
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--steps", type=int, default=1500, help="training steps")
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = parser_for(__doc__)
+  add_seed(parser)
+  parser.add_argument("--steps", type=whole(1), default=1500, help="training steps")
   parser.add_argument(
     "--attention",
     type=trainable,
@@ -57,75 +53,56 @@ def run(
   `attentions` are trained beside softmax and the teacher, and have a row each; those
   that end with a loss that is not finite have none.
   """
-  started, seconds = time.perf_counter(), {}
-  data = digits(seed)
-  data = data._replace(
-    train=data.train._replace(inputs=data.train.inputs[..., None]),
-    test=data.test._replace(inputs=data.test.inputs[..., None]),
+  laps, data = Laps(), digits(seed)
+  needed = ("softmax", "sinkhorn")
+  names = [name for name in dict.fromkeys(attentions) if name not in needed]
+  trained = train_encoders(
+    [*needed, *names], data.train, MODEL, seed, steps, needed=needed
   )
-  sinkhorn = functools.partial(asap_jax.sinkhorn_attention, iterations=ITERATIONS)
-  trained = {}
-  for name, function in (
-    ("softmax", asap_jax.softmax_attention),
-    ("sinkhorn", sinkhorn),
-  ):
-    model = Encoder(MODEL, function, nnx.Rngs(seed))
-    label = f"Training {name}"
-    train_classifier(model, data.train, TrainConfig(steps), seed, label, shift_digits)
-    trained[name] = model
-  names = [name for name in dict.fromkeys(attentions) if name not in trained]
-  others = {
-    # Not the teacher stopped after as many iterations.
-    f"{name}, trained" if name.startswith("sinkhorn@") else name: model
-    for name, model in peers.trained(names, data.train, MODEL, seed, steps).items()
-  }
   teacher = trained["sinkhorn"]
-  seconds["train"] = time.perf_counter() - started
+  laps.end("train")
 
-  mark = time.perf_counter()
   batches = batches_of(data.train.inputs, 64)
-  compiled, report = asap_jax.compile(
-    teacher, batches, SLICES, refine_steps=refine_steps, seed=seed
-  )
-  ridge, _ = asap_jax.compile(
-    teacher,
-    batches,
-    SLICES,
-    directions="gaussian",
-    features=("potentials",),
-    refine=False,
-    seed=seed,
-  )
+  fit = functools.partial(asap_jax.compile, teacher, batches, SLICES, seed=seed)
+  compiled, report = fit(refine_steps=refine_steps)
+  # The paper's plain form.
+  ridge, _ = fit(directions="gaussian", features=("potentials",), refine_steps=0)
   print(report)
   asap_jax.save(out / "compiled", compiled)
-  blank = nnx.eval_shape(lambda: Encoder(MODEL, sinkhorn, nnx.Rngs(0)))
+  blank = nnx.eval_shape(lambda: build("sinkhorn", MODEL, 0))
   restored = asap_jax.load(out / "compiled", blank)
-  seconds["compile"] = time.perf_counter() - mark
+  laps.end("compile")
 
-  mark = time.perf_counter()
   identical = all(
     np.array_equal(predict(restored, batch), predict(compiled, batch))
     for batch in batches_of(data.test.inputs, 120)
   )
   if not identical:
     raise RuntimeError("the restored model's outputs differ from the compiled model's")
+  own = {
+    # Not the teacher stopped after as many iterations.
+    f"{name}, trained" if "@" in name else name: model
+    for name, model in trained.items()
+    if name != "sinkhorn"
+  }
   models = {
-    **trained,
-    **others,
+    **own,
     "softmax_swap": replacements.softmax_swap(teacher),
-    **{f"sinkhorn@{k}": replacements.cut_sinkhorn(teacher, k) for k in CUTS},
+    "sinkhorn": teacher,
+    # All of the teacher's iterations in their fastest exact form, then fewer of them.
+    **{
+      f"sinkhorn@{k}": replacements.cut_sinkhorn(teacher, k)
+      for k in (ITERATIONS, *CUTS)
+    },
     "ridge": ridge,
     "asap": restored,
   }
-  measured = _measure(models, data.test, own_weights=("softmax", *others))
-  measured["asap"]["restored_identical"] = identical
-  draw_plans(teacher, restored, data.test.inputs[:120], out / "plans.png")
-  seconds["evaluate"] = time.perf_counter() - mark
-  seconds["total"] = time.perf_counter() - started
+  rows = _measure(models, data.test, tuple(own))
+  rows[-1]["restored_identical"] = identical
+  figure = out / "plans.png"
+  draw_plans(teacher, restored, data.test.inputs[:120], figure)
+  laps.end("evaluate")
 
-  cuts = [f"sinkhorn@{k}" for k in CUTS]
-  order = ("softmax", *others, "softmax_swap", "sinkhorn", *cuts, "ridge", "asap")
-  rows = replacements.ordered(measured, order)
   config = {
     "seed": seed,
     "steps": steps,
@@ -133,23 +110,25 @@ def run(
     "slices": SLICES,
     "attentions": names,
   }
-  path = write_results(out, "quickstart", config, rows, seconds)
+  path = write_results(out, "quickstart", config, rows, laps.seconds)
   print_rows(rows, f"digits, {len(data.test.labels)} test images")
-  print(f"Restored model: outputs identical. Wrote {path} and {out / 'plans.png'}")
-  print("Seconds:", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+  print("Restored model: outputs identical.")
+  print_end(laps.seconds, path, figure)
   return rows
 
 
 def _measure(
   models: Mapping[str, nnx.Module], test: Split, own_weights: Sequence[str]
-) -> dict[str, dict]:
-  call = lambda model, batch: model(batch)  # noqa: E731
+) -> list[dict]:
+  """A row for each model; plans of those with weights of their own are not compared."""
   batches = batches_of(test.inputs, 120)
   compared = {name: model for name, model in models.items() if name not in own_weights}
-  fidelity = replacements.plan_fidelity(models["sinkhorn"], compared, batches, call)
-  times = replacements.forward_milliseconds(models, batches[0], call)
-  return {
-    name: {
+  fidelity = replacements.plan_fidelity(models["sinkhorn"], compared, batches)
+  runs = {name: replacements.forward(model) for name, model in models.items()}
+  times = replacements.milliseconds_of(runs, batches[0])
+  return [
+    {
+      "method": name,
       "accuracy": accuracy(model, test),
       **fidelity.get(name, {}),
       **({"slices": SLICES} if name in ("ridge", "asap") else {}),
@@ -157,7 +136,7 @@ def _measure(
       "n_test": len(test.labels),
     }
     for name, model in models.items()
-  }
+  ]
 
 
 def draw_plans(
@@ -168,24 +147,21 @@ def draw_plans(
   Shown is the head, of all layers, whose plan one iteration misses most, on the input
   where it does so.
   """
-  sites = find_sinkhorn(teacher)
-  record = recorder(teacher, sites, lambda model, batch: model(batch))
+  models = {
+    f"Sinkhorn, {ITERATIONS} iterations\n(teacher)": teacher,
+    "compiled: no iteration\n(ASAP)": compiled,
+    "Sinkhorn cut to\n1 iteration": replacements.cut_sinkhorn(teacher, 1),
+  }
   most = -np.inf
   worst: dict[str, np.ndarray] = {}
-  for site, (activation,) in zip(sites, record(inputs), strict=True):
-    operators = {
-      f"Sinkhorn, {site.iterations} iterations\n(teacher)": Operator(
-        "sinkhorn", site.iterations
-      ),
-      "compiled: no iteration\n(ASAP)": operator_of(held_at(compiled, site)),
-      "Sinkhorn cut to\n1 iteration": Operator("sinkhorn", 1),
-    }
-    plans = [np.asarray(plan_of(activation, op)) for op in operators.values()]
-    distance = np.abs(plans[2] - plans[0]).sum((-2, -1))
+  for layer in replacements.layers_of(teacher, models, inputs):
+    plans = layer.plans()
+    exact, _, cut = plans.values()
+    distance = np.abs(cut - exact).sum((-2, -1))
     where = np.unravel_index(distance.argmax(), distance.shape)
-    if not worst or distance[where] > most:
-      shown = (np.asarray(plan[where]) for plan in plans)
-      most, worst = distance[where], dict(zip(operators, shown, strict=True))
+    if distance[where] > most:
+      most = distance[where]
+      worst = {name: plan[where] for name, plan in plans.items()}
   plot_plans(worst)[0, 0].figure.savefig(path, dpi=150)
 
 

@@ -10,11 +10,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from asap_jax import plotting
-from asap_jax.compiler import Alternative
-from experiments.common.results import new_directory
+from experiments.common.arguments import new_directory
+from experiments.common.figures import draw_accuracy, draw_frontier, frontier_of
+from experiments.common.results import with_spread
 
 # In front, in this order; other columns follow as they come.
 _FIRST = (
@@ -51,16 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "report.md").write_text(table + "\n")
   if any("accuracy" in row for each in gathered.values() for row in each["rows"]):
-    draw_accuracy(list(gathered.values()), args.out / "accuracy.png")
+    panels = [(name_of(each), each["rows"]) for each in gathered.values()]
+    draw_accuracy(panels, args.out / "accuracy.png")
   for number, (name, results) in enumerate(gathered.items()):
     if frontier_of(results["rows"]):
       stem = f"frontier-{number}-{pathlib.Path(name).resolve().name}"
-      draw_frontier(results, args.out / f"{stem}.png")
+      path = args.out / f"{stem}.png"
+      draw_frontier(results["rows"], path, title=name_of(results))
   print(f"Wrote {', '.join(sorted(str(path) for path in args.out.iterdir()))}")
 
 
 def read_results(directory: pathlib.Path) -> dict[str, Any]:
-  """What an experiment wrote to `directory/results.json`.
+  """Reads `directory/results.json`, written by an experiment.
 
   Raises:
     ValueError: if there is no such file, or it is not in the format of experiments.
@@ -118,10 +118,7 @@ def _cell(line: Mapping[str, Any], name: str) -> str:
     return ""
   if isinstance(value, float):
     shown = f"{value:.4g}" if math.isfinite(value) else str(value)
-    if name == "accuracy":
-      spread = line.get("accuracy_std")
-      return f"{value:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-    return shown
+    return with_spread(line) if name == "accuracy" else shown
   return str(value).replace("|", "\\|")
 
 
@@ -137,69 +134,6 @@ def _origin(results: Results) -> str:
   if "total" in results.get("seconds", {}):
     parts.append(f"{results['seconds']['total']:.0f} s")
   return ", ".join(parts)
-
-
-def draw_accuracy(gathered: Sequence[Results], path: pathlib.Path) -> None:
-  """Accuracy of every method, a panel for each run that has some, with deviations."""
-  panels = [
-    (name_of(results), rows)
-    for results in gathered
-    if (rows := [r for r in results["rows"] if "accuracy" in r and "shift" not in r])
-  ]
-  most = max(len(rows) for _, rows in panels)
-  figure = Figure(
-    figsize=(1.5 + 3.2 * len(panels), 1.2 + 0.3 * most), layout="constrained"
-  )
-  for axes, (name, rows) in zip(
-    figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-  ):
-    places = range(len(rows))
-    axes.errorbar(
-      [row["accuracy"] for row in rows],
-      places,
-      xerr=[row.get("accuracy_std") or 0.0 for row in rows],
-      linestyle="",
-      marker="o",
-      color="#0072b2",
-      capsize=2,
-    )
-    axes.set_yticks(places, [row["method"] for row in rows])
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    axes.set(title=name, xlabel="test accuracy")
-  figure.savefig(path, dpi=150)
-
-
-def frontier_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Alternative]]:
-  """Fidelity and time of every method that has both, by family; {} without cuts."""
-  points = [
-    Alternative(row["method"], row["tv"], row["milliseconds"])
-    for row in rows
-    if {"tv", "milliseconds"} <= row.keys() and "shift" not in row
-  ]
-  cuts = [point for point in points if point.cut is not None]
-  teachers = [
-    Alternative("teacher", 0.0, point.milliseconds)
-    for point in points
-    if point.label == "sinkhorn"
-  ]
-  if not (cuts and teachers):
-    return {}
-  families = {
-    plotting.CUTS_FAMILY: [*cuts, *teachers],
-    "softmax in its place": [p for p in points if p.label == "softmax_swap"],
-    "ridge, random slices": [p for p in points if p.label == "ridge"],
-    "compiled": [p for p in points if p.label.startswith("asap")],
-  }
-  return {name: found for name, found in families.items() if found}
-
-
-def draw_frontier(results: Results, path: pathlib.Path) -> None:
-  """TV to the teacher's plan against the time of a forward pass."""
-  axes = plotting.plot_frontier(frontier_of(results["rows"]), title=name_of(results))
-  axes.set_xlabel("ms, as the experiment takes them")
-  assert isinstance(axes.figure, Figure)  # of its own
-  axes.figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

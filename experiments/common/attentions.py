@@ -82,7 +82,7 @@ def build_functions(
 
 
 def trainable(text: str) -> str:
-  """Type of an argument of argparse: a name that `build_attention` takes."""
+  """Type of an argument: a name that `build_attention` takes."""
   try:
     build_attention(text, heads=1, dim=2, layer=1, rngs=nnx.Rngs(0))
   except ValueError as error:

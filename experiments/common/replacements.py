@@ -1,19 +1,82 @@
 """Putting other attention operators into a frozen teacher, and measuring each."""
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from asap_jax.attention.functions import sinkhorn_attention, softmax_attention
-from asap_jax.compiler.fidelity import FidelitySums, fidelity_sums, operator_of
-from asap_jax.compiler.sites import find_sinkhorn, held_at, recorder, replace_sites
+from asap_jax.compiler.fidelity import (
+  FidelitySums,
+  fidelity_sums,
+  operator_milliseconds,
+  operator_of,
+  plan_of,
+)
+from asap_jax.compiler.sites import (
+  Activation,
+  find_sinkhorn,
+  held_at,
+  recorder,
+  replace_sites,
+)
+from experiments.common.timing import time_interleaved
 
-Call = Callable[[nnx.Module, Any], jax.Array]
+
+def call_model(model: nnx.Module, batch: Any) -> jax.Array:
+  """The model's outputs."""
+  return model(batch)
+
+
+class Layer(NamedTuple):
+  """A Sinkhorn attention of a teacher on one batch.
+
+  Attributes:
+    iterations: full ones that the teacher takes.
+    calls: queries, keys and masks of its calls.
+    held: the attention functions of the compared models in this place, by their names.
+  """
+
+  iterations: int
+  calls: tuple[Activation, ...]
+  held: dict[str, Any]
+
+  def plans(self) -> dict[str, np.ndarray]:
+    """Each model's plan of the first call, `[batch, heads, n, m]`."""
+    return {
+      name: np.asarray(plan_of(self.calls[0], operator_of(held)))
+      for name, held in self.held.items()
+    }
+
+
+def layers_of(
+  teacher: nnx.Module, compared: Mapping[str, nnx.Module], batch: Any
+) -> list[Layer]:
+  """Layers in the teacher's order, as the teacher runs on a batch."""
+  sites = find_sinkhorn(teacher)
+  record = recorder(teacher, sites, call_model)
+  return [
+    Layer(
+      site.iterations,
+      calls,
+      {name: held_at(model, site) for name, model in compared.items()},
+    )
+    for site, calls in zip(sites, record(batch), strict=True)
+  ]
+
+
+def attention_milliseconds(
+  teacher: nnx.Module, compared: Mapping[str, nnx.Module], batch: Any
+) -> dict[str, float]:
+  """Median times of the attention operators alone, summed over the layers."""
+  totals = np.zeros(len(compared))
+  for layer in layers_of(teacher, compared, batch):
+    operators = [operator_of(held) for held in layer.held.values()]
+    totals += operator_milliseconds(layer.calls[0], operators)
+  return dict(zip(compared, map(float, totals), strict=True))
 
 
 def softmax_swap(teacher: nnx.Module) -> nnx.Module:
@@ -41,14 +104,13 @@ def plan_fidelity(
   teacher: nnx.Module,
   replaced: Mapping[str, nnx.Module],
   batches: Iterable[Any],
-  call: Call,
 ) -> dict[str, dict[str, float]]:
   """TV, KL and column error of every replacement's plans on the teacher's activations.
 
   Means over rows (columns), heads and layers, as all methods are given the queries and
   keys of the untouched teacher.
   """
-  layers = layer_fidelity(teacher, replaced, batches, call)
+  layers = layer_fidelity(teacher, replaced, batches)
   return {name: mean_over_layers(of_method) for name, of_method in layers.items()}
 
 
@@ -56,11 +118,10 @@ def layer_fidelity(
   teacher: nnx.Module,
   replaced: Mapping[str, nnx.Module],
   batches: Iterable[Any],
-  call: Call,
 ) -> dict[str, list[dict[str, Any]]]:
-  """The same layer by layer, in the model's order; `layer` is its name."""
+  """Fidelity as `plan_fidelity` has it, layer by layer; `layer` is the name of each."""
   sites = find_sinkhorn(teacher)
-  record = recorder(teacher, sites, call)
+  record = recorder(teacher, sites, call_model)
   operators = [
     [operator_of(held_at(model, site)) for model in replaced.values()] for site in sites
   ]
@@ -95,41 +156,23 @@ def mean_over_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   return {name: float(np.mean([layer[name] for layer in layers])) for name in names}
 
 
-def forward_milliseconds(
-  models: Mapping[str, nnx.Module], batch: Any, call: Call, repeats: int = 15
-) -> dict[str, float]:
-  """Median times of a forward pass of each model; compiled, warm, in turn."""
-  runs = {name: forward(model, call) for name, model in models.items()}
-  return milliseconds_of(runs, batch, repeats)
-
-
 def milliseconds_of(
   runs: Mapping[str, Callable[[Any], jax.Array]], batch: Any, repeats: int = 15
 ) -> dict[str, float]:
   """Median times of functions of a batch; warm, in turn."""
-  times: dict[str, list[float]] = {name: [] for name in runs}
-  for repeat in range(repeats + 1):
-    for name, run in runs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run(batch))
-      if repeat:  # the first one compiles
-        times[name].append(1e3 * (time.perf_counter() - start))
-  return {name: float(np.median(taken)) for name, taken in times.items()}
+  for run in runs.values():
+    jax.block_until_ready(run(batch))  # compiles
+  calls = {name: functools.partial(run, batch) for name, run in runs.items()}
+  times = time_interleaved(calls, repeats)
+  return {name: taken.median for name, taken in times.items()}
 
 
-def forward(model: nnx.Module, call: Call) -> Callable[[Any], jax.Array]:
+def forward(model: nnx.Module) -> Callable[[Any], jax.Array]:
   """A jitted forward pass, a function of a batch."""
   graph, state = nnx.split(model)
-  return functools.partial(_forward, graph, call, state)
+  return functools.partial(_forward, graph, state)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(
-  graph: nnx.GraphDef, call: Call, state: nnx.State, batch: Any
-) -> jax.Array:
-  return call(nnx.merge(graph, state), batch)
-
-
-def ordered(rows: Mapping[str, dict[str, Any]], order: Sequence[str]) -> list[dict]:
-  """Rows of results.json in a given order of methods."""
-  return [{"method": name, **rows[name]} for name in order]
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graph: nnx.GraphDef, state: nnx.State, batch: Any) -> jax.Array:
+  return nnx.merge(graph, state)(batch)

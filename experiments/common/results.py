@@ -6,41 +6,29 @@ import os
 import pathlib
 import platform
 import subprocess
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-
-def new_directory(name: str) -> pathlib.Path:
-  """Type of an argument of argparse: a directory that holds nothing yet.
-
-  Raises:
-    argparse.ArgumentTypeError: if it does, as results are not overwritten.
-  """
-  path = pathlib.Path(name)
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise argparse.ArgumentTypeError(f"{path} is not empty: name a new directory")
-  return path
+# The same for all seeds.
+_EXACT = ("n_test", "slices", "closures")
 
 
-def seeds_of(text: str) -> list[int]:
-  """Type of an argument of argparse: seeds, as `0,1,2`.
-
-  Raises:
-    argparse.ArgumentTypeError: if they are no numbers.
-  """
-  try:
-    return [int(part) for part in text.split(",")]
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r}: expected seeds as 0,1,2") from None
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+  """All options, as JSON has them."""
+  return {
+    name: str(value) if isinstance(value, pathlib.Path) else value
+    for name, value in vars(args).items()
+  }
 
 
 def environment() -> dict[str, Any]:
-  """What the figures were measured with."""
+  """Versions, device and commit that the figures were measured with."""
   device = jax.devices()[0]
   return {
     "jax": jax.__version__,
@@ -53,7 +41,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-  """That of the checkout, if it is one and there is git."""
+  """The commit of the checkout, if this is one and there is git."""
   command = ["git", "rev-parse", "--short", "HEAD"]
   try:
     folder = pathlib.Path(__file__).parent
@@ -78,12 +66,88 @@ def write_results(
     "rows": list(rows),
     "seconds": dict(seconds),
   }
-  out.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile("w", dir=out, suffix=".tmp", delete=False) as file:
-    json.dump(content, file, indent=1)
   path = out / "results.json"
-  os.replace(file.name, path)
+  write_whole(path, json.dumps(content, indent=1))
   return path
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all, whoever else writes it.
+
+  Its directory is made if need be, and who may read it follows from the umask.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+  try:
+    with aside.open("x", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(aside, path)
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def pooled(per_seed: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+  """Means over seeds, row by row.
+
+  Args:
+    per_seed: rows of each seed; those of equal method and shift belong together.
+
+  Returns:
+    Rows in the order of their first appearance, each as `pooled_row` makes it.
+  """
+  places = dict.fromkeys(_place(row) for rows in per_seed for row in rows)
+  by_place = [{_place(row): row for row in rows} for rows in per_seed]
+  return [pooled_row([found.get(place) for found in by_place]) for place in places]
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str | None]:
+  return row["method"], row.get("shift")
+
+
+def pooled_row(per_seed: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+  """One row from those of all seeds, `None` where a seed has no such row.
+
+  `accuracies` are those of the seeds, `None` likewise; `accuracy_std` is their
+  deviation, from two seeds on. Lists and `layers` are means place by place. A mean that
+  no seed has is `None`.
+  """
+  rows = [row for row in per_seed if row is not None]
+  pool: dict[str, Any] = {}
+  for name, first in rows[0].items():
+    values = [row[name] for row in rows]
+    if name == "layers":
+      pool[name] = [_means(of_layer) for of_layer in zip(*values, strict=True)]
+    elif isinstance(first, str) or name in _EXACT:
+      pool[name] = first
+    else:
+      pool[name] = _mean(values)
+    if name == "accuracy":
+      if rows[1:]:
+        pool["accuracy_std"] = float(np.std(values, ddof=1))
+      pool["accuracies"] = [None if row is None else row[name] for row in per_seed]
+  return pool
+
+
+def _means(of_layer: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  return {
+    name: first if isinstance(first, str) else _mean([each[name] for each in of_layer])
+    for name, first in of_layer[0].items()
+  }
+
+
+def _mean(values: Sequence[Any]) -> Any:
+  found = [value for value in values if value is not None]
+  return np.mean(found, axis=0).tolist() if found else None
+
+
+def with_spread(row: Mapping[str, Any], digits: int = 4) -> str:
+  """The accuracy of a row, with its deviation over seeds if there are several."""
+  spread = row.get("accuracy_std")
+  return f"{row['accuracy']:.{digits}f}" + (
+    "" if spread is None else f" ± {spread:.{digits}f}"
+  )
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -107,3 +171,9 @@ def _format(value: Any) -> str:
   if value is None:
     return ""
   return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def print_end(seconds: Mapping[str, float], *paths: pathlib.Path) -> None:
+  """Prints the files that were written, and where the time went."""
+  print("Wrote", ", ".join(map(str, paths)))
+  print("Seconds:", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -18,6 +18,25 @@ _LONG_SECONDS = 0.5
 Name = TypeVar("Name", bound=Hashable)
 
 
+class Laps:
+  """Seconds of the stages of an experiment, from one call of `end` to the next."""
+
+  def __init__(self) -> None:
+    self._start = self._last = time.perf_counter()
+    self._stages: dict[str, float] = {}
+
+  def end(self, stage: str) -> None:
+    """Adds the time since the last end, or since the start, to a stage."""
+    now = time.perf_counter()
+    self._stages[stage] = self._stages.get(stage, 0.0) + now - self._last
+    self._last = now
+
+  @property
+  def seconds(self) -> dict[str, float]:
+    """Of every stage that has ended, and `total` until now."""
+    return {**self._stages, "total": time.perf_counter() - self._start}
+
+
 class Times(NamedTuple):
   """Milliseconds of a call.
 
@@ -109,3 +128,9 @@ def _elapsed(
       jax.block_until_ready(out)
   jax.block_until_ready(out)
   return clock() - start
+
+
+def temp_bytes(compiled: Any) -> int | None:
+  """Bytes that XLA allocates besides arguments and results, if it says."""
+  analysis = compiled.memory_analysis()
+  return None if analysis is None else int(analysis.temp_size_in_bytes)

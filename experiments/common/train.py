@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,12 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
-from experiments.common.digits import Split
+from experiments.common.attentions import build
+from experiments.common.digits import Split, shift_digits
+from experiments.common.models import Encoder, EncoderConfig
+
+# Steps between looks at the metrics.
+LOG_EVERY = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,60 @@ class TrainConfig:
         raise ValueError(f"{name}={getattr(self, name)}: expected at least one")
 
 
+class Watch:
+  """A progress bar of training that measures its speed; a context manager."""
+
+  def __init__(self, label: str, config: TrainConfig, start: int):
+    self._label, self._batch_size, self._step = label, config.batch_size, start
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TextColumn(
+        "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}  "
+        "{task.fields[examples_per_second]:.0f} examples/s"
+      ),
+      TimeRemainingColumn(),
+    )
+    names = ("loss", "accuracy", "examples_per_second")
+    nothing: dict[str, Any] = dict.fromkeys(names, np.nan)
+    self._bar = self._progress.add_task(
+      label, total=config.steps, completed=start, **nothing
+    )
+    self._start = self._last = time.perf_counter()
+
+  def __enter__(self) -> "Watch":
+    self._progress.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._progress.stop()
+
+  @property
+  def seconds(self) -> float:
+    """Since the start, in this process."""
+    return time.perf_counter() - self._start
+
+  def read(self, step: int, loss: jax.Array, accuracy: jax.Array) -> dict[str, float]:
+    """Waits for the metrics of a step and shows them, with the speed since the last.
+
+    Raises:
+      FloatingPointError: if the loss is not finite.
+    """
+    values = {"loss": float(loss), "accuracy": float(accuracy)}
+    if not np.isfinite(values["loss"]):
+      raise FloatingPointError(
+        f"{self._label}: training loss is {values['loss']} after step {step}"
+      )
+    now = time.perf_counter()
+    seen = (step - self._step) * self._batch_size
+    values["examples_per_second"] = seen / (now - self._last)
+    self._step, self._last = step, now
+    fields: dict[str, Any] = values
+    self._progress.update(self._bar, completed=step, **fields)
+    return values
+
+
 @functools.cache
 def transformation(config: TrainConfig) -> optax.GradientTransformation:
   """That of Optax: the same object for equal `config`, so that a step compiles once."""
@@ -57,6 +118,36 @@ def transformation(config: TrainConfig) -> optax.GradientTransformation:
   )
 
 
+def train_encoders(
+  names: Sequence[str],
+  split: Split,
+  config: EncoderConfig,
+  seed: int,
+  steps: int,
+  *,
+  needed: Sequence[str] = (),
+) -> dict[str, Encoder]:
+  """Encoders of digits by the names of their attentions, trained with one budget.
+
+  Those whose loss does not stay finite are left out, and the reason is printed.
+
+  Raises:
+    FloatingPointError: if one of them is `needed`.
+  """
+  models = {}
+  for name in names:
+    model, label = build(name, config, seed), f"{name}, seed {seed}"
+    try:
+      train_classifier(model, split, TrainConfig(steps), seed, label, shift_digits)
+    except FloatingPointError as error:
+      if name in needed:
+        raise
+      print(error)
+    else:
+      models[name] = model
+  return models
+
+
 def train_classifier(
   model: nnx.Module,
   split: Split,
@@ -70,34 +161,23 @@ def train_classifier(
   `augment` changes the inputs of a batch at random.
 
   Raises:
-    FloatingPointError: if the loss is not finite at the end.
+    FloatingPointError: if the loss is not finite.
   """
   optimizer = nnx.Optimizer(model, transformation(config), wrt=nnx.Param)
   rng = np.random.default_rng(seed)
   order = np.empty(0, int)
-  columns = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}"),
-    TimeRemainingColumn(),
-  )
   model.train()
-  with Progress(*columns) as progress:
-    task = progress.add_task(label, total=config.steps, loss=np.nan, accuracy=np.nan)
-    for step in range(config.steps):
+  with Watch(label, config, 0) as watch:
+    for step in range(1, config.steps + 1):
       if len(order) < config.batch_size:
         order = rng.permutation(len(split.labels))
       chosen, order = order[: config.batch_size], order[config.batch_size :]
       metrics = _train_step(
         model, optimizer, split.inputs[chosen], split.labels[chosen]
       )
-      if step % 20 == 0 or step == config.steps - 1:  # reading them waits for the step
-        loss, accuracy = (float(metric) for metric in metrics)
-        progress.update(task, completed=step + 1, loss=loss, accuracy=accuracy)
+      if step % LOG_EVERY == 0 or step == config.steps:  # reading them waits for it
+        watch.read(step, *metrics)
   model.eval()
-  if not np.isfinite(loss):
-    raise FloatingPointError(f"{label}: training loss is {loss} after the last step")
 
 
 @nnx.jit

@@ -1,1 +1,1 @@
-"""Data sets from TFDS, as arrays and batches."""
+"""Data sets of TFDS as arrays and batches; no experiment, but read by some."""

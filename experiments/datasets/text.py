@@ -1,10 +1,8 @@
 """Texts as token ids."""
 
 import hashlib
-import os
 import pathlib
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -12,6 +10,8 @@ from typing import Literal
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from experiments.common.results import write_whole
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 _RECIPE = "1"  # to be changed with what `_train` does, so that caches are not reused
@@ -61,7 +61,7 @@ def tokenizer_for(
       raise ValueError(f"{path}: not a tokenizer ({error}); delete it") from error
   else:
     tokenizer = _train(texts, size)
-    _write(path, tokenizer.to_str())
+    write_whole(path, tokenizer.to_str())
   tokenizer.encode_special_tokens = True  # "[PAD]" in a text is text
   return tokenizer
 
@@ -80,16 +80,6 @@ def _train(texts: Sequence[str], size: int) -> Tokenizer:
   )
   tokenizer.train_from_iterator(texts, trainer)
   return tokenizer
-
-
-def _write(path: pathlib.Path, content: str) -> None:
-  """Writes a file whole or not at all, whoever else writes it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(
-    "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-  ) as file:
-    file.write(content)
-  os.replace(file.name, path)
 
 
 def encode(

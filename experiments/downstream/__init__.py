@@ -1,1 +1,4 @@
-"""Trained Transformers on texts or images, and what replaces their attention."""
+"""Transformers trained on texts or images, and their attention replaced.
+
+How much of a trained teacher's accuracy does each operator keep?
+"""

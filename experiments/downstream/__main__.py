@@ -12,21 +12,29 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.common.attentions import trainable
-from experiments.common.results import (
+from experiments.common.arguments import (
   new_directory,
+  parser_for,
+  seed_list,
+  whole,
+  writable,
+)
+from experiments.common.attentions import trainable
+from experiments.common.figures import draw_accuracy, draw_frontier
+from experiments.common.results import (
+  options_of,
+  pooled,
+  print_end,
   print_rows,
-  seeds_of,
+  with_spread,
   write_results,
+  write_whole,
 )
 from experiments.datasets.tasks import Task, load_task
-from experiments.downstream.checkpoints import write_whole
-from experiments.downstream.data import foreign_batches, load
+from experiments.downstream.data import foreign_batches, foreign_task, load
 from experiments.downstream.evaluation import LEAST_GAIN, recovered
 from experiments.downstream.presets import PRESETS, preset_of
-from experiments.downstream.rows import pooled
 from experiments.downstream.seeds import baseline_row, run_seed
-from experiments.report import draw_accuracy, draw_frontier
 
 # Trained whatever is named: the teacher, and what it has to beat.
 TRAINED = ("softmax", "sinkhorn")
@@ -36,37 +44,36 @@ _FREE = ("out", "resume", "data_dir")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--dataset", required=True, help="its name in TFDS")
-  parser.add_argument("--data-dir", type=pathlib.Path, help="with prepared data sets")
-  parser.add_argument("--input-key", help="feature with the text or image")
-  parser.add_argument("--label-key", help="feature with the class")
-  parser.add_argument("--train-split")
-  parser.add_argument("--test-split")
-  parser.add_argument("--out", type=pathlib.Path, required=True, help="new directory")
-  parser.add_argument("--preset", choices=PRESETS, default="tiny")
-  parser.add_argument(
+  # A run that is resumed is no empty directory: see `check_out`.
+  parser = parser_for(__doc__, out=writable)
+  add = parser.add_argument
+  add("--dataset", required=True, help="its name in TFDS")
+  add("--data-dir", type=pathlib.Path, help="with prepared data sets")
+  add("--input-key", help="feature with the text or image")
+  add("--label-key", help="feature with the class")
+  add("--train-split")
+  add("--test-split")
+  add("--preset", choices=PRESETS, default="tiny")
+  add(
     "--attention",
     type=trainable,
     nargs="+",
     default=[],
     help="peers to train from scratch as well",
   )
-  parser.add_argument("--slices", type=_count, default=8)
-  parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="as 0,1,2")
-  parser.add_argument("--resume", action="store_true", help="go on with a killed run")
-  parser.add_argument("--steps", type=_count, help="of training")
-  parser.add_argument(
-    "--refine-steps", type=_steps, help="per layer; 0 for the ridge fit alone"
-  )
-  parser.add_argument("--test-limit", type=_count, help="test examples at most")
-  parser.add_argument(
-    "--shift-dataset", help="compile on its inputs, too, to see what shift does"
-  )
+  add("--slices", type=whole(1), default=8)
+  add("--seeds", type=seed_list, default=[0, 1, 2], help="as 0,1,2")
+  add("--resume", action="store_true", help="go on with a killed run")
+  add("--steps", type=whole(1), help="of training")
+  add("--refine-steps", type=whole(0), help="per layer; 0 for the ridge fit alone")
+  add("--test-limit", type=whole(1), help="test examples at most")
+  add("--shift-dataset", help="compile on its inputs, too, to see what shift does")
   args = parser.parse_args(arguments)
   started = time.perf_counter()
+  option = "out"
   try:
     check_out(args)
+    option = "dataset"
     task = load_task(
       args.dataset,
       data_dir=args.data_dir,
@@ -75,24 +82,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
       train_split=args.train_split,
       test_split=args.test_split,
     )
-  except (ValueError, argparse.ArgumentTypeError) as error:
-    parser.error(str(error))
-  run(task, args, started)
+    option, other = "shift-dataset", None
+    if args.shift_dataset is not None:
+      other = foreign_task(args.shift_dataset, task, args.data_dir)
+  # A RuntimeError tells how to prepare the data set.
+  except (ValueError, RuntimeError, argparse.ArgumentTypeError) as error:
+    parser.error(f"argument --{option}: {error}")
+  run(task, other, args, started)
 
 
-def run(task: Task, args: argparse.Namespace, started: float) -> list[dict[str, Any]]:
-  """The whole experiment; returns the rows that it writes to `out/results.json`."""
+def run(
+  task: Task, other: Task | None, args: argparse.Namespace, started: float
+) -> list[dict[str, Any]]:
+  """The whole experiment; returns the rows that it writes to `out/results.json`.
+
+  `other` are data to compile on as well; `started` is when the program was.
+  """
   write_whole(args.out / _OPTIONS, json.dumps(options_of(args), indent=1))
   preset = preset_of(args.preset, task.kind, task.name)
-  given = _given(steps=args.steps, refine_steps=args.refine_steps)
+  given = {"steps": args.steps, "refine_steps": args.refine_steps}
+  given = {name: value for name, value in given.items() if value is not None}
   preset = dataclasses.replace(preset, **given)
   directory = args.out / args.dataset.replace("/", "-").replace(":", "-")
-  data = load(task, preset, directory / "tokenizer", args.test_limit)
+  cache = directory / "tokenizer"
+  data = load(task, preset, cache, args.test_limit)
   foreign = None
-  if args.shift_dataset is not None:
-    foreign = foreign_batches(
-      args.shift_dataset, task, data, preset, directory / "tokenizer", args.data_dir
-    )
+  if other is not None:
+    foreign = foreign_batches(other, task, data, preset, cache)
   seconds = {"data": time.perf_counter() - started}
   names = list(dict.fromkeys((*TRAINED, *args.attention)))
   one = functools.partial(run_seed, data, foreign, preset, names, args)
@@ -108,17 +124,17 @@ def run(task: Task, args: argparse.Namespace, started: float) -> list[dict[str, 
   rows += pooled([each["shift"] for each in per_seed])
   for name in ("train", "compile", "evaluate"):
     seconds[name] = sum(each["seconds"][name] for each in per_seed)
+  # Of all processes that had a share in it.
+  total = sum(seconds.values())
   for seed, each in zip(args.seeds, per_seed, strict=True):
     seconds[f"seed {seed}"] = sum(each["seconds"].values())
-  # Of all processes that had a share in it.
-  seconds["total"] = seconds["data"] + sum(
-    seconds[name] for name in ("train", "compile", "evaluate")
-  )
+  seconds["total"] = total
   config = {**options_of(args), "preset_values": dataclasses.asdict(preset)}
   path = write_results(args.out, "downstream", config, rows, seconds)
-  results = json.loads(path.read_text())
-  draw_accuracy([results], args.out / "accuracy.png")
-  draw_frontier(results, args.out / "frontier.png")
+  figures = [args.out / name for name in ("accuracy.png", "frontier.png")]
+  title = f"downstream, {args.dataset}"
+  draw_accuracy([(title, rows)], figures[0])
+  draw_frontier(rows, figures[1], title=title)
   own = [row for row in rows if "shift" not in row]
   count = f"{len(task.test) if args.test_limit is None else args.test_limit}"
   print_rows(_shown(own), f"{task.name}, {count} test examples")
@@ -128,8 +144,7 @@ def run(task: Task, args: argparse.Namespace, started: float) -> list[dict[str, 
       f"recovered is empty: the teacher gains less than {LEAST_GAIN} over softmax in "
       "its place"
     )
-  print(f"Wrote {path}, {args.out / 'accuracy.png'} and {args.out / 'frontier.png'}")
-  print("Seconds:", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+  print_end(seconds, path, *figures)
   return rows
 
 
@@ -144,6 +159,8 @@ def check_out(args: argparse.Namespace) -> None:
   if not (args.resume and path.exists()):
     # A run that was killed before it began is begun.
     new_directory(str(args.out))
+    if args.resume:
+      print(f"Nothing to resume in {args.out}: a new run starts")
     return
   before = json.loads(path.read_text())
   for name in options:
@@ -154,29 +171,17 @@ def check_out(args: argparse.Namespace) -> None:
       )
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-  """All options, as JSON has them."""
-  return {
-    name: str(value) if isinstance(value, pathlib.Path) else value
-    for name, value in vars(args).items()
-  }
-
-
 def _kept(
   directory: pathlib.Path,
   make: Callable[[int, pathlib.Path], Any],
   seed: int,
   name: str = "rows.json",
 ) -> Any:
-  """What `make` gives, or what it gave before the run was resumed."""
+  """The result of `make`, or its earlier result where the run is resumed."""
   path = directory / name
   if not path.exists():
     write_whole(path, json.dumps(make(seed, directory), indent=1))
   return json.loads(path.read_text())
-
-
-def _given(**values: Any) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if value is not None}
 
 
 def _shown(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -186,21 +191,9 @@ def _shown(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
   for row in rows:
     cells = {name: row[name] for name in (*names, "milliseconds") if name in row}
     if "accuracy_std" in row:
-      cells["accuracy"] = f"{row['accuracy']:.4f} ± {row['accuracy_std']:.4f}"
+      cells["accuracy"] = with_spread(row)
     shown.append(cells)
   return shown
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
-  return int(text)
-
-
-def _steps(text: str) -> int:
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least zero")
-  return int(text)
 
 
 if __name__ == "__main__":

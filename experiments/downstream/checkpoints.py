@@ -3,7 +3,6 @@
 import csv
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +10,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from experiments.common.results import write_whole
+
 _ARRAYS, _NOTES = "arrays", "notes"
 
 
 class Restored(NamedTuple):
-  """What a checkpoint holds.
+  """Content of a checkpoint.
 
   Attributes:
     step: that it was saved after.
@@ -157,15 +158,3 @@ class MetricsLog:
 
   def __exit__(self, *_: object) -> None:
     self._file.close()
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(
-    "w", dir=path.parent, suffix=".tmp", delete=False
-  ) as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(file.name, path)

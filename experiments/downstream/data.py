@@ -1,4 +1,4 @@
-"""Data of the downstream experiment: what is trained on, chosen by, and shifted to."""
+"""Data to train on, to choose parameters by, and to shift to."""
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.datasets.examples import Examples, Texts, read_many
+from experiments.datasets.examples import Examples, Texts, evenly, read_many
 from experiments.datasets.loaders import Batch, Transform, loader
 from experiments.datasets.prepare import Prepared, prepare
 from experiments.datasets.tasks import Task, load_task
@@ -134,57 +134,52 @@ def whole_batches(
   ]
 
 
+def foreign_task(name: str, task: Task, data_dir: pathlib.Path | None) -> Task:
+  """Another data set, whose inputs the teacher of `task` can read.
+
+  Raises:
+    ValueError: if it is of another kind, or its images have other channels; or see
+      `load_task`.
+  """
+  other = load_task(name, data_dir=data_dir)
+  if other.kind != task.kind:
+    raise ValueError(f"{name} holds {other.kind}s: {task.name} holds {task.kind}s")
+  if task.kind == "image":
+    found, own = (each.train[0]["input"].shape[-1] for each in (other, task))
+    if found != own:
+      raise ValueError(f"{name} has images of {found} channels: {task.name} has {own}")
+  return other
+
+
 def foreign_batches(
-  name: str,
-  task: Task,
-  data: Data,
-  preset: Preset,
-  cache: pathlib.Path,
-  data_dir: pathlib.Path | None,
+  other: Task, task: Task, data: Data, preset: Preset, cache: pathlib.Path
 ) -> list[Batch]:
   """Training inputs of another data set, as the teacher of this one reads them.
 
   Texts are encoded by the teacher's tokenizer, images standardised by its statistics.
-
-  Raises:
-    ValueError: if it is of another kind, or its images of another shape.
   """
-  other = load_task(name, data_dir=data_dir)
-  if other.kind != task.kind:
-    raise ValueError(
-      f"--shift-dataset {name} holds {other.kind}s: {task.name} holds {task.kind}s"
-    )
   if task.kind == "text":
     tokenizer = tokenizer_for(
       texts_of(task.train), preset.vocabulary, cache, name=task.name
     )
     texts = texts_of(other.train)
-    spread = np.arange(min(preset.calibration, len(texts))) * len(texts)
-    chosen = [texts[i] for i in spread // len(spread)]
+    chosen = [texts[i] for i in evenly(texts, preset.calibration)]
     ids, valid = encode(tokenizer, chosen, preset.length, keep=preset.keep)
     return whole_batches(
       {"ids": ids, "valid": valid, "label": np.zeros(len(ids), np.int32)},
       None,
       preset.calibration,
     )
-  own = data.prepared.image_shape
-  assert own is not None
+  assert data.prepared.image_shape is not None
   found = prepare(
     other,
     length=preset.length,
     vocabulary=preset.vocabulary,
-    image_size=own[0],
+    image_size=data.prepared.image_shape[0],
     cache=cache,
     limit_train=preset.calibration,
     limit_test=1,
   )
-  foreign = found.image_shape
-  assert foreign is not None
-  if foreign[-1] != own[-1]:
-    raise ValueError(
-      f"--shift-dataset {name} has images of {foreign[-1]} channels: "
-      f"{task.name} has {own[-1]}"
-    )
   return whole_batches(found.train, data.prepared.test_transform, preset.calibration)
 
 

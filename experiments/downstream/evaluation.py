@@ -1,4 +1,4 @@
-"""What the operators that replace a trained teacher's attention keep of it."""
+"""Accuracy and fidelity of operators that replace a trained teacher's attention."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,11 +21,6 @@ COMPILED = ("ridge", "asap", "asap@2")
 SHIFTED = ("softmax_swap", "sinkhorn@1", "sinkhorn@3", "ridge", "asap")
 
 
-def call(model: nnx.Module, batch: Mapping[str, Any]) -> jax.Array:
-  """Class logits."""
-  return model(batch)
-
-
 def compiled(
   teacher: nnx.Module,
   batches: Sequence[Batch],
@@ -35,24 +30,22 @@ def compiled(
   seed: int,
   names: Sequence[str],
 ) -> tuple[dict[str, nnx.Module], dict[str, dict[str, Any]]]:
-  """Compiled models by their method, and what their rows say of compiling.
+  """Compiled models by their method, and what compiling adds to their rows.
 
   `ridge` is the paper's plain form: random slices, potentials alone, no refinement.
   `names` are of `COMPILED`. Zero `refine_steps` leave the ridge fit of the others, too.
   """
-  own: dict[str, Any] = {"refine": False}
-  if refine_steps:
-    own = {"refine": True, "refine_steps": refine_steps}
+  own: dict[str, Any] = {"refine_steps": refine_steps}
   plain: dict[str, Any] = {
     "directions": "gaussian",
     "features": ("potentials",),
-    "refine": False,
+    "refine_steps": 0,
   }
   options = {"ridge": plain, "asap": own, "asap@2": {**own, "closures": 2}}
   models, about = {}, {}
   for name in names:
     models[name], report = asap_jax.compile(
-      teacher, batches, slices, call=call, seed=seed, **options[name]
+      teacher, batches, slices, seed=seed, **options[name]
     )
     about[name] = {
       "slices": slices,
@@ -88,15 +81,15 @@ def measure(
     repeats: timed forward passes on the first of these; none by default.
 
   Returns:
-    By method, what its row says.
+    Entries of the row of each method.
   """
   teacher, models = trained["sinkhorn"], {**trained, **replaced}
-  runs = {name: replacements.forward(model, call) for name, model in models.items()}
+  runs = {name: replacements.forward(model) for name, model in models.items()}
   found = accuracies(runs, batches)
   count = found.pop("n_test")
   rows = {name: {"accuracy": value} for name, value in found.items()}
   same = {"sinkhorn": teacher, **replaced}
-  layers = replacements.layer_fidelity(teacher, same, fidelity_batches, call)
+  layers = replacements.layer_fidelity(teacher, same, fidelity_batches)
   for name, of_method in layers.items():
     rows[name] |= replacements.mean_over_layers(of_method) | {"layers": of_method}
   if repeats:

@@ -2,13 +2,13 @@
 
 import argparse
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 
 import asap_jax
+from experiments.common.timing import Laps
 from experiments.datasets.loaders import Batch
 from experiments.datasets.tasks import Task
 from experiments.downstream import evaluation
@@ -40,13 +40,13 @@ def run_seed(
   `foreign` are inputs of another data set to compile on as well; `directory` keeps
   checkpoints, metrics and the compiled model.
   """
-  seconds = {}
-  mark = time.perf_counter()
+  laps = Laps()
   trained, about = train_all(names, data, preset, seed, directory)
   teacher = trained["sinkhorn"]
-  seconds["train"] = sum(each["train_seconds"] for each in about.values())
+  # Of all processes that had a share in it.
+  train_seconds = sum(each["train_seconds"] for each in about.values())
+  laps.end("train")
 
-  mark = time.perf_counter()
   transform = data.prepared.test_transform
   replaced, of_compiling = evaluation.compiled(
     teacher,
@@ -59,9 +59,8 @@ def run_seed(
   replaced = {**evaluation.without_training(teacher), **replaced}
   about |= of_compiling
   asap_jax.save(directory / "asap" / "compiled", replaced["asap"], overwrite=True)
-  seconds["compile"] = time.perf_counter() - mark
+  laps.end("compile")
 
-  mark = time.perf_counter()
   plans = whole_batches(data.prepared.test, transform, PLANS)
   found = evaluation.measure(
     trained,
@@ -75,10 +74,10 @@ def run_seed(
   rows = [{"method": name, **found[name], **about.get(name, {})} for name in order]
   shift = _shifted_rows(trained, replaced, data, plans)
   if foreign is not None:
-    shift += _foreign_rows(
-      trained["sinkhorn"], data, foreign, plans, args, preset, seed
-    )
-  seconds["evaluate"] = time.perf_counter() - mark
+    shift += _foreign_rows(teacher, data, foreign, plans, args, preset, seed)
+  laps.end("evaluate")
+  seconds = {**laps.seconds, "train": train_seconds}
+  del seconds["total"]
   return {"rows": rows, "shift": shift, "seconds": seconds}
 
 
@@ -89,7 +88,7 @@ def train_all(
   seed: int,
   directory: pathlib.Path,
 ) -> tuple[dict[str, nnx.Module], dict[str, dict[str, Any]]]:
-  """Models by their attention, and what their rows say of training.
+  """Models by their attention, and what training adds to their rows.
 
   Peers whose loss does not stay finite are left out; the teacher must not be.
   """
@@ -121,7 +120,7 @@ def train_all(
 
 
 def _shifted_rows(trained, replaced, data: Data, plans) -> list[dict[str, Any]]:
-  """The same models on inputs of another kind; see `downstream_eval.shifted`."""
+  """The same models on inputs of another kind; see `evaluation.shifted`."""
   kind = "half length" if data.prepared.kind == "text" else "enlarged centre"
   kept = {name: replaced[name] for name in evaluation.SHIFTED}
   batches = ordered_batches(data.prepared.test, data.prepared.test_transform)

@@ -12,12 +12,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.common.train import TrainConfig, transformation
+from experiments.common.train import LOG_EVERY, TrainConfig, Watch, transformation
 from experiments.downstream.checkpoints import Checkpoints, MetricsLog
-from experiments.downstream.watch import Watch
 
 COLUMNS = ("step", "loss", "accuracy", "held_out_accuracy", "examples_per_second")
-_LOG_EVERY = 20
 
 Batch = dict[str, Any]
 HeldOut = Callable[[], Iterator[Batch]]
@@ -104,7 +102,7 @@ def train(
         batch = jax.device_put(next(batches), spread)
         state, metrics = step(graph, config, state, batch, taken)
         check = taken % every == 0 or taken == config.steps
-        if not (check or taken % _LOG_EVERY == 0):
+        if not (check or taken % LOG_EVERY == 0):
           continue
         values = watch.read(taken, *metrics)
         if not check:

@@ -1,11 +1,12 @@
 """Fidelity against time: is an operator better than Sinkhorn that is cut short?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from asap_jax.compiler.report import Alternative
+from asap_jax.compiler import Alternative
+from asap_jax.plotting import CUTS_FAMILY
 
 
 def tv_of_cuts(
@@ -39,3 +40,9 @@ def verdict(
     return f"{found} is faster than every cut of Sinkhorn that was measured."
   side = "below" if point.tv < rival else "NOT below"
   return f"{found} is {side} cut Sinkhorn's curve, {rival:.4f} at equal time."
+
+
+def verdicts(families: Mapping[str, Sequence[Alternative]]) -> list[str]:
+  """A sentence for each compiled method of a frontier."""
+  *cuts, teacher = families[CUTS_FAMILY]
+  return [verdict(point, cuts, teacher) for point in families["compiled"]]

@@ -9,6 +9,7 @@ embedding of 3 * patch^2 rows is of images, any other of tokens, with 0 as paddi
 import functools
 import math
 import pathlib
+import zipfile
 from typing import NamedTuple
 
 import jax
@@ -84,11 +85,8 @@ def load_teacher(path: pathlib.Path, heads: int) -> FrozenTeacher:
   Raises:
     ValueError: if arrays are missing or `heads` does not divide the width.
   """
-  with np.load(path) as file:
-    weights = dict(file)
-  missing = {"emb", "pos", "out", "qkv0", "o0", "m10", "m20"} - weights.keys()
-  if missing:
-    raise ValueError(f"{path} lacks {sorted(missing)}: expected a teacher's weights")
+  needed = {"emb", "pos", "out", "qkv0", "o0", "m10", "m20"}
+  weights = _read(path, needed, "a teacher's weights")
   width = weights["emb"].shape[1]
   if width % heads:
     raise ValueError(f"heads={heads}: expected a divisor of the width {width}")
@@ -96,11 +94,29 @@ def load_teacher(path: pathlib.Path, heads: int) -> FrozenTeacher:
 
 
 def load_inputs(path: pathlib.Path, test_limit: int | None) -> FrozenInputs:
-  """Reads inputs; `test_limit` keeps the first so many test examples."""
-  with np.load(path) as file:
-    return FrozenInputs(
-      file["xtrain"], file["xtest"][:test_limit], file["ytest"][:test_limit]
-    )
+  """Reads inputs; `test_limit` keeps the first so many test examples.
+
+  Raises:
+    ValueError: if arrays are missing.
+  """
+  found = _read(path, {"xtrain", "xtest", "ytest"}, "inputs")
+  return FrozenInputs(
+    found["xtrain"], found["xtest"][:test_limit], found["ytest"][:test_limit]
+  )
+
+
+def _read(path: pathlib.Path, needed: set[str], kind: str) -> dict[str, np.ndarray]:
+  """All arrays of a file."""
+  try:
+    found = np.load(path)
+    arrays = dict(found) if isinstance(found, np.lib.npyio.NpzFile) else None
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from None
+  if arrays is None:
+    raise ValueError(f"{path} holds one array: expected {kind} in a .npz file")
+  if missing := needed - arrays.keys():
+    raise ValueError(f"{path} lacks {sorted(missing)}: expected {kind}")
+  return arrays
 
 
 def _patches(images: jax.Array, size: int) -> jax.Array:

@@ -7,6 +7,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 TOKEN_WIDTH, PROTOTYPES, COMPONENTS = 64, 8, 4
+# Images of three digits in half of scikit-learn's, of which no point occurs twice.
+MOST_POINTS = 256
 
 
 class Clouds(NamedTuple):

@@ -3,10 +3,8 @@
 python -m experiments.peers --out DIR [--attentions NAME ...] [--seeds 0,1,2]
 """
 
-import argparse
 import dataclasses
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +12,21 @@ from flax import nnx
 
 import asap_jax
 from experiments.common import replacements
-from experiments.common.attentions import build, trainable
-from experiments.common.digits import Dataset, Split, batches_of, digits, shift_digits
+from experiments.common.arguments import parser_for, seed_list, whole
+from experiments.common.attentions import trainable
+from experiments.common.digits import Split, batches_of, digits
 from experiments.common.models import EncoderConfig
 from experiments.common.results import (
-  new_directory,
+  pooled_row,
+  print_end,
   print_rows,
-  seeds_of,
   write_results,
 )
-from experiments.common.train import TrainConfig, train_classifier
+from experiments.common.timing import Laps
+from experiments.common.train import train_encoders
 from experiments.peers.claims import judge
 from experiments.peers.display import displayed, draw
-from experiments.peers.measuring import cost_of, measure, pooled
+from experiments.peers.measuring import cost_of, measure
 
 MODEL = EncoderConfig(length=64, token_size=1, classes=10)
 ITERATIONS, REFINE_STEPS = 20, 500
@@ -48,9 +48,8 @@ ATTENTIONS = (
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", type=new_directory, required=True, help="new directory")
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = parser_for(__doc__)
   parser.add_argument(
     "--attentions",
     type=_name,
@@ -58,9 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     default=ATTENTIONS,
     help=f"{', '.join(ATTENTIONS)}, sinkhorn@k",
   )
-  parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], help="as 0,1,2")
-  parser.add_argument("--steps", type=int, default=600, help="training steps")
-  parser.add_argument("--layers", type=int, default=MODEL.layers)
+  parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="as 0,1,2")
+  parser.add_argument("--steps", type=whole(1), default=600, help="training steps")
+  parser.add_argument("--layers", type=whole(1), default=MODEL.layers)
   args = parser.parse_args(arguments)
   lacking = [name for name in args.attentions if name in DERIVED]
   if lacking and "sinkhorn" not in args.attentions:
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _name(text: str) -> str:
-  """Type of an argument of argparse."""
+  """Type of an argument: a name of `ATTENTIONS`, or `sinkhorn@k`."""
   return text if text in DERIVED else trainable(text)
 
 
@@ -82,39 +81,41 @@ def run(
   refine_steps: int = REFINE_STEPS,
 ) -> list[dict[str, Any]]:
   """The whole experiment; returns the rows that it writes to `out/results.json`."""
-  started = time.perf_counter()
+  laps = Laps()
   config = dataclasses.replace(MODEL, layers=layers)
   names = list(dict.fromkeys(attentions))
-  seconds = dict.fromkeys(("train", "compile", "evaluate"), 0.0)
+  own = [name for name in names if name not in DERIVED]
   measured: dict[str, list[dict[str, Any] | None]] = {name: [] for name in names}
   kept: dict[str, nnx.Module] = {}
   for seed in seeds:
-    data = tokens_of(digits(seed))
-    mark = time.perf_counter()
-    models = trained(names, data.train, config, seed, steps)
-    seconds["train"] += time.perf_counter() - mark
-    mark = time.perf_counter()
+    data = digits(seed)
+    models: dict[str, nnx.Module] = dict(
+      train_encoders(own, data.train, config, seed, steps)
+    )
+    laps.end("train")
     models |= derived(names, models.get("sinkhorn"), data.train, seed, refine_steps)
-    seconds["compile"] += time.perf_counter() - mark
-    mark = time.perf_counter()
+    laps.end("compile")
     for name in names:
       model = models.get(name)
       measured[name].append(None if model is None else measure(model, data.test))
-    seconds["evaluate"] += time.perf_counter() - mark
+    laps.end("evaluate")
     kept = models | kept
 
   if not kept:
     raise SystemExit("No model could be trained: see the reasons above.")
-  mark = time.perf_counter()
   print("Timing forward passes and training steps", flush=True)
   costs = cost_of(kept, data.test)
   rows = [
-    {"method": name, **pooled(measured[name]), **costs[name], "length": config.length}
+    {
+      "method": name,
+      **pooled_row(measured[name]),
+      **costs[name],
+      "length": config.length,
+    }
     for name in names
     if name in kept
   ]
-  seconds["evaluate"] += time.perf_counter() - mark
-  seconds["total"] = time.perf_counter() - started
+  laps.end("evaluate")
   options = {
     "attentions": names,
     "seeds": list(seeds),
@@ -123,41 +124,14 @@ def run(
     "iterations": ITERATIONS,
     **dataclasses.asdict(config),
   }
-  path = write_results(out, "peers", options, rows, seconds)
+  path = write_results(out, "peers", options, rows, laps.seconds)
   draw(rows, out / "peers.png")
   print_rows(displayed(rows), f"digits, {len(data.test.labels)} test images a seed")
   verdicts = "\n".join(map(str, judge(rows)))
   (out / "claims.txt").write_text(verdicts + "\n")
   print(f"Claimed, measured, reproduced or not:\n{verdicts}")
-  print(f"Wrote {path}, {out / 'peers.png'} and {out / 'claims.txt'}")
-  print("Seconds:", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+  print_end(laps.seconds, path, out / "peers.png", out / "claims.txt")
   return rows
-
-
-def tokens_of(data: Dataset) -> Dataset:
-  """Every pixel is a token of one feature."""
-  train, test = (
-    part._replace(inputs=part.inputs[..., None]) for part in (data.train, data.test)
-  )
-  return data._replace(train=train, test=test)
-
-
-def trained(
-  names: Sequence[str], split: Split, config: EncoderConfig, seed: int, steps: int
-) -> dict[str, nnx.Module]:
-  """Models of one seed; those whose loss does not stay finite are left out."""
-  models: dict[str, nnx.Module] = {}
-  for name in names:
-    if name in DERIVED:
-      continue
-    model, label = build(name, config, seed), f"{name}, seed {seed}"
-    try:
-      train_classifier(model, split, TrainConfig(steps), seed, label, shift_digits)
-    except FloatingPointError as error:
-      print(error)
-    else:
-      models[name] = model
-  return models
 
 
 def derived(

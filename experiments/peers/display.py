@@ -1,4 +1,4 @@
-"""What `experiments.peers` measured, as a table and as a figure."""
+"""Rows of `experiments.peers` as a table and as a figure."""
 
 import pathlib
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from asap_jax.plotting import plot_rank, series_style, subplots
+from experiments.common.results import with_spread
 
 MIB = 2**20
 
@@ -17,7 +18,7 @@ def displayed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   return [
     {
       "method": row["method"],
-      "accuracy": _with_spread(row),
+      "accuracy": with_spread(row, 3),
       "ms": f"{row['milliseconds']:.1f}",
       "step ms": f"{row['step_milliseconds']:.1f}",
       "MiB": _mib(row["temp_bytes"]),
@@ -29,11 +30,6 @@ def displayed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     }
     for row in rows
   ]
-
-
-def _with_spread(row: dict[str, Any]) -> str:
-  spread = row.get("accuracy_std")
-  return f"{row['accuracy']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def _mib(count: int | None) -> str | None:

@@ -1,7 +1,7 @@
-"""What `experiments.peers` measures of trained models: plans, time and memory."""
+"""Plans, time and memory of trained models."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,15 +12,14 @@ from flax import nnx
 
 from asap_jax import metrics
 from experiments.common.digits import Split, batches_of
-from experiments.common.timing import time_interleaved
+from experiments.common.timing import temp_bytes, time_interleaved
 from experiments.common.train import accuracy
 
 BATCH, REPEATS = 120, 15
-_OF_PLANS = ("row_error", "column_error", "attention_sink_share", "rank_residual")
 
 
 def measure(model: nnx.Module, test: Split) -> dict[str, Any]:
-  """Accuracy, and what the plans do to the test images; means over all of them."""
+  """Accuracy, and properties of the plans, as means over the test images."""
   observe = functools.partial(_observed, *nnx.split(model))
   batches = batches_of(test.inputs, BATCH, keep_rest=True)
   found = [jax.tree.map(np.asarray, observe(batch)) for batch in batches]
@@ -42,21 +41,6 @@ def _observed(graph: nnx.GraphDef, state: nnx.State, inputs: jax.Array):
     "column_error": metrics.column_error(plans).mean(),
     "attention_sink_share": metrics.attention_sink_share(plans).mean(),
     "rank_residual": metrics.rank_residual(jnp.stack(states)).mean(-1),
-  }
-
-
-def pooled(measured: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-  """A row from the measurements of all seeds; `None` where training failed."""
-  found = [each for each in measured if each is not None]
-  accuracies = [each["accuracy"] for each in found]
-  spread = {"accuracy_std": float(np.std(accuracies, ddof=1))} if found[1:] else {}
-  means = {n: np.mean([each[n] for each in found], axis=0).tolist() for n in _OF_PLANS}
-  return {
-    "accuracy": float(np.mean(accuracies)),
-    **spread,
-    "accuracies": [None if each is None else each["accuracy"] for each in measured],
-    **means,
-    "n_test": found[0]["n_test"],
   }
 
 
@@ -108,7 +92,5 @@ def _compiled(
   functions = {"forward": forward, "step": jax.value_and_grad(loss)}
   for kind, function in functions.items():
     run = jax.jit(function).lower(*arguments).compile()
-    analysis = run.memory_analysis()
-    temp = None if analysis is None else int(analysis.temp_size_in_bytes)
-    found[kind] = functools.partial(run, *arguments), temp
+    found[kind] = functools.partial(run, *arguments), temp_bytes(run)
   return found

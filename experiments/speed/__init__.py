@@ -1,1 +1,4 @@
-"""Time and memory of attention against its rivals."""
+"""Time and memory of attentions, of their parts and of training steps.
+
+Against the length, with softmax and Sinkhorn in their fastest forms as rivals.
+"""

@@ -24,7 +24,7 @@ def blocked_softmax(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
   """
   batch, length, heads, features = value.shape
   total, pairs = batch * heads, query.shape[1] * length
-  # Blocks of one size, lest the remainder be compiled by itself.
+  # Blocks of one size, so that no remainder has to be compiled by itself.
   most = max(1, min(total, _BLOCK // pairs))
   size = next(s for s in range(most, 0, -1) if total % s == 0)
 

@@ -1,4 +1,4 @@
-"""What `experiments.speed` measured, as a table and as figures."""
+"""Rows of `experiments.speed` as a table and as figures."""
 
 import math
 import pathlib

@@ -1,4 +1,4 @@
-"""What `experiments.speed` compares: attention functions and their parts, by name.
+"""Attention functions and their parts that `experiments.speed` compares, by name.
 
 All of them take queries, keys and values `[batch, length, heads, dim]`, without masks.
 """
@@ -99,7 +99,7 @@ def _asap(name: str, problem: Problem) -> list[Candidate]:
 
 
 def _part(name: str, problem: Problem) -> list[Candidate]:
-  """What comes before the closure: the potentials, or all of the predicted dual."""
+  """Parts before the closure: the potentials, or all of the predicted dual."""
 
   def potentials(query, key, value, dual_map):
     points = heads_first(query, key)

@@ -79,18 +79,6 @@ def test_the_command_writes_table_and_figures(tmp_path, capsys):
   assert "name a new directory" in capsys.readouterr().err
 
 
-def test_frontier_needs_cuts_and_their_teacher():
-  families = report.frontier_of(results()["rows"])
-  assert [point.label for point in families["Sinkhorn cut short"]] == [
-    "sinkhorn@1",
-    "teacher",
-  ]
-  assert [point.tv for point in families["compiled"]] == [0.01]
-  assert set(families) == {"Sinkhorn cut short", "compiled"}
-  assert report.frontier_of(OTHER["rows"]) == {}
-  assert report.frontier_of(results()["rows"][1:]) == {}
-
-
 @pytest.mark.parametrize(
   ("content", "expected"),
   [

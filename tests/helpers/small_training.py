@@ -1,5 +1,6 @@
-"""A run of `experiments.downstream.training.train` that takes a moment."""
+"""Runs of `experiments.downstream` that take a moment, and the data for them."""
 
+import dataclasses
 import pathlib
 import tempfile
 import time
@@ -12,7 +13,9 @@ import asap_jax
 from experiments.common.models import EncoderConfig
 from experiments.common.train import TrainConfig
 from experiments.datasets.loaders import loader
+from experiments.datasets.tasks import Task
 from experiments.downstream.models import TextEncoder
+from experiments.downstream.presets import PRESETS
 from experiments.downstream.training import train
 
 ATTENTION = asap_jax.sinkhorn_attention
@@ -98,3 +101,46 @@ def print_on_two_devices():
   leaves = jax.tree.leaves(parameters(result))
   norm = np.sqrt(sum((np.asarray(leaf) ** 2).sum() for leaf in leaves))
   print(len(leaves[0].sharding.device_set), told, norm)
+
+
+WORDS = (
+  ("goal", "match", "team"),
+  ("bank", "market", "share"),
+  ("cell", "gene", "lab"),
+)
+
+
+PRESET = dataclasses.replace(
+  PRESETS["tiny"]["text"],
+  width=8,
+  heads=2,
+  layers=1,
+  length=8,
+  vocabulary=64,
+  steps=6,
+  batch_size=8,
+  checks=2,
+  refine_steps=2,
+  calibration=32,
+)
+
+
+def texts(count, seed):
+  """Sentences of words of their class, among words that say nothing."""
+  random = np.random.default_rng(seed)
+  found = []
+  for index in range(count):
+    words = random.choice((*WORDS[index % 3], "the", "and"), random.integers(2, 9))
+    found.append({"input": " ".join(words), "label": index % 3})
+  return found
+
+
+def task(name="news"):
+  names = ("sport", "business", "science")
+  return Task(name, "text", texts(100, 0), texts(40, 1), 3, names)
+
+
+def images(count, side=8):
+  random = np.random.default_rng(0)
+  pixels = random.integers(256, size=(count, side, side, 3), dtype=np.uint8)
+  return [{"input": image, "label": i % 2} for i, image in enumerate(pixels)]

@@ -1,6 +1,7 @@
-"""Small data sets, written as TFDS directories without TensorFlow."""
+"""Small data sets: as TFDS directories, written without TensorFlow, or in memory."""
 
 import io
+import itertools
 import json
 import pathlib
 
@@ -8,6 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from helpers.pages import ROOT
 from PIL import Image
+
+from experiments.datasets.tasks import Task
 
 SHARED = ROOT.parent / "shared" / "tfds"
 
@@ -72,3 +75,26 @@ def edit_json(file: pathlib.Path, old: str, new: str) -> None:
   assert old in content
   file.write_text(content.replace(old, new))
   json.loads(file.read_text())
+
+
+def review_task():
+  """Texts whose words tell the class."""
+  rng = np.random.default_rng(0)
+  words = (("bad", "dull", "boring"), ("good", "fine", "great"))
+  rows = []
+  for label in rng.integers(2, size=60):
+    chosen = rng.choice(words[label], size=rng.integers(3, 9))
+    rows.append({"input": "the film was " + " ".join(chosen), "label": int(label)})
+  return Task("reviews", "text", rows[:40], rows[40:], 2, ("neg", "pos"))
+
+
+def take(iterator, count):
+  return list(itertools.islice(iterator, count))
+
+
+def assert_same(found, expected):
+  assert len(found) == len(expected)
+  for one, other in zip(found, expected, strict=True):
+    assert one.keys() == other.keys()
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])

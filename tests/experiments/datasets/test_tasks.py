@@ -1,4 +1,4 @@
-"""Data sets by name: what they give, and what is said of those that are not right."""
+"""Data sets by name, and errors that say what to pass."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import tensorflow_datasets as tfds
 from helpers import tfds_sets
 from helpers.tfds_sets import SHARED, image_features, png, text_features, texts
 
-from experiments.datasets import tfds as prepared_sets
 from experiments.datasets.examples import evenly, read_many
 from experiments.datasets.tasks import PRESETS, load_task
 
@@ -179,72 +178,6 @@ def test_images_of_floats_are_refused(tmp_path):
     load_task("depths", data_dir=tmp_path, input_key="image", label_key="label")
 
 
-def test_unknown_data_set(films):
-  message = "'flims': neither prepared in.*There are: films.*Did you mean films"
-  with pytest.raises(ValueError, match=message):
-    load_task("flims", data_dir=films)
-  with pytest.raises(ValueError, match=r"Did you mean .*ag_news_subset"):
-    load_task("ag_news", data_dir=films)
-  with pytest.raises(ValueError, match=r"qqqq.*Presets are ag_news_subset, imdb"):
-    load_task("qqqq", data_dir=films / "nowhere")
-  with pytest.raises(ValueError, match="expected the name of a data set of TFDS"):
-    load_task("../films", data_dir=films)
-
-
-def test_other_formats_are_refused(tmp_path):
-  rows = texts(PAIRS)
-  tfds_sets.write(tmp_path, "films", text_features(), {"train": rows, "test": rows})
-  info = tmp_path / "films" / "1.0.0" / "dataset_info.json"
-  tfds_sets.edit_json(info, '"fileFormat": "array_record"', '"fileFormat": "tfrecord"')
-  with pytest.raises(ValueError, match=r"prepared as tfrecord.*format=array_record"):
-    load_films(tmp_path)
-
-
-class Absent:
-  """A builder of a data set that cannot be had."""
-
-  def download_and_prepare(self, **options):
-    assert options == {"file_format": "array_record"}
-    try:
-      raise ConnectionError("no network\nand more")
-    except ConnectionError as error:
-      raise RuntimeError("not prepared") from error
-
-
-@pytest.mark.parametrize(
-  ("name", "asked", "folder"),
-  [
-    ("imdb_reviews", "imdb_reviews/plain_text", "imdb_reviews"),
-    ("mnist:3.0.1", "mnist:3.0.1", "mnist"),
-    ("yelp_polarity_reviews", "yelp_polarity_reviews", "yelp_polarity_reviews"),
-    ("huggingface:glue/sst2", "huggingface:glue/sst2", "glue"),
-    (
-      "dbpedia_14",
-      "huggingface:fancyzhx__dbpedia_14/dbpedia_14",
-      "fancyzhx__dbpedia_14",
-    ),
-  ],
-)
-def test_download_that_fails(tmp_path, monkeypatch, name, asked, folder):
-  opened = []
-
-  def builder(name=None, *, data_dir, **repository):
-    opened.append(name or repository)
-    assert data_dir == tmp_path
-    return Absent()
-
-  builders = prepared_sets.tfds.dataset_builders
-  monkeypatch.setattr(prepared_sets.tfds, "builder", builder)
-  monkeypatch.setattr(builders, "HuggingfaceDatasetBuilder", builder)
-  with pytest.raises(RuntimeError, match=r"ConnectionError: no network\)") as caught:
-    load_task(name, data_dir=tmp_path)
-  assert f"run `tfds build {asked} --file_format=array_record`" in str(caught.value)
-  assert f"the directory that holds {folder}/" in str(caught.value)
-  assert ("`datasets`" in str(caught.value)) == asked.startswith("huggingface:")
-  hosted = {"hf_repo_id": "fancyzhx/dbpedia_14", "hf_config": "dbpedia_14"}
-  assert opened == [hosted if name == "dbpedia_14" else asked]
-
-
 def test_strings_of_the_hub_are_texts(tmp_path):
   features = {
     "text": tfds.features.Scalar(np.object_),
@@ -256,19 +189,6 @@ def test_strings_of_the_hub_are_texts(tmp_path):
   task = load_task("yelp_review_full", data_dir=tmp_path)
   assert [(row["input"], row["label"]) for row in task.train] == PAIRS
   assert task.label_names == ("1 star", "2 star")
-
-
-def test_download_is_read(films, monkeypatch):
-  """What is prepared elsewhere by then is read as usual."""
-  found = prepared_sets.builder_from_files("films", data_dir=films)
-  prepared = []
-  monkeypatch.setattr(
-    found, "download_and_prepare", lambda **_: prepared.append(1), raising=False
-  )
-  monkeypatch.setattr(prepared_sets.tfds, "builder", lambda *_, **__: found)
-  task = load_task("yelp_polarity_reviews", data_dir=films / "empty")
-  assert prepared == [1]
-  assert [row["input"] for row in task.train] == [text for text, _ in PAIRS]
 
 
 def preset_set(folder, name):

@@ -12,7 +12,7 @@ from flax import nnx
 import asap_jax
 from experiments.common.models import Encoder, EncoderConfig
 from experiments.datasets.prepare import Prepared
-from experiments.downstream import training as downstream_train
+from experiments.downstream import training
 from experiments.downstream.models import TextEncoder, VisionTransformer, patches
 from experiments.downstream.presets import build, encoder_config, preset_of
 
@@ -209,9 +209,9 @@ def test_models_of_the_paper_can_be_built_and_trained(prepared, length, token_si
 
   def step():
     model = build("sinkhorn", preset, prepared, seed=0)
-    state = downstream_train.start(model, preset.training(), seed=0)
+    state = training.start(model, preset.training(), seed=0)
     graph = nnx.graphdef(model)
-    return downstream_train.step(graph, preset.training(), state, inputs, 1)
+    return training.step(graph, preset.training(), state, inputs, 1)
 
   state, (loss, accuracy) = jax.eval_shape(step)
   assert loss.shape == accuracy.shape == ()

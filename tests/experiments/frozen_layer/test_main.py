@@ -1,54 +1,20 @@
-"""Teachers from files, and replacing all their attention."""
+"""Replacing all attention of a frozen teacher."""
 
 import argparse
-import importlib.util
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.pages import ROOT
 
-from asap_jax.compiler import measuring as measure
-from asap_jax.compiler.fidelity import Operator, operator_of
-from asap_jax.compiler.sites import find_sinkhorn, held_at
+from asap_jax.compiler import measuring
 from experiments.common import replacements
 from experiments.frozen_layer import __main__ as frozen_layer
 from experiments.frozen_layer.teachers import load_inputs, load_teacher
 
-TEACHERS = ROOT.parent / "shared" / "teachers"
 METHODS = ["sinkhorn", *(f"sinkhorn@{k}" for k in frozen_layer.CUTS)]
+
+
 METHODS += ["softmax_swap", "ridge", "asap", "asap@2", "asap_unsorted@5"]
-
-
-@pytest.fixture
-def files(tmp_path):
-  """A random teacher of one layer for token ids, and inputs with padding."""
-  random = np.random.default_rng(0)
-  width, length, words = 16, 12, 30
-
-  def matrix(*shape):
-    return random.normal(size=shape).astype(np.float16) / shape[0] ** 0.5
-
-  weights = {
-    "emb": matrix(words, width),
-    "pos": matrix(length, width),
-    "qkv0": 1.5 * matrix(width, 3 * width),
-    "o0": matrix(width, width),
-    "m10": matrix(width, 4 * width),
-    "m20": matrix(4 * width, width),
-    "out": matrix(width, 3),
-  }
-  ids = random.integers(1, words, size=(136, length))
-  ids[np.arange(length) >= random.integers(6, length + 1, size=(136, 1))] = 0
-  np.savez(tmp_path / "teacher.npz", **weights)
-  inputs = dict(
-    xtrain=ids[:128].astype(np.int32),
-    xtest=ids[128:].astype(np.int32),
-    ytest=random.integers(3, size=8),
-  )
-  np.savez(tmp_path / "inputs.npz", **inputs)
-  return tmp_path
 
 
 def run(files, *options):
@@ -64,7 +30,7 @@ def run(files, *options):
 def test_every_method_is_measured(files, capsys, monkeypatch):
   monkeypatch.setattr(frozen_layer, "BATCH", 4)  # the six test inputs are 1.5 batches
   # Rows are measured apart from the report, whose other cuts take long to compile.
-  monkeypatch.setattr(measure, "CUTS", (1,))
+  monkeypatch.setattr(measuring, "CUTS", (1,))
   rows = run(files, "--refine-steps", 3, "--test-limit", 6)
   assert list(rows) == METHODS
   assert rows["sinkhorn"]["tv"] == pytest.approx(0.0, abs=1e-5)
@@ -83,7 +49,6 @@ def test_every_method_is_measured(files, capsys, monkeypatch):
     teacher,
     {"cut": replacements.cut_sinkhorn(teacher, 1)},
     [load_inputs(files / "inputs.npz", 6).test],
-    lambda model, batch: model(batch),
   ).values()
   for name, value in whole.items():
     assert rows["sinkhorn@1"][name] == pytest.approx(value, rel=1e-4)
@@ -114,14 +79,14 @@ def options_of(monkeypatch, **arguments):
 
 def test_compiler_is_asked_for_every_form(monkeypatch):
   asked, models, about = options_of(monkeypatch, closures=3)
-  ridge = {"directions": "gaussian", "features": ("potentials",), "refine": False}
-  own = {"features": ("query",), "refine": True}
+  ridge = {"directions": "gaussian", "features": ("potentials",), "refine_steps": 0}
+  own = {"features": ("query",)}
   unsorted = {"features": ("query", "cumulants"), "hidden": 0}
   assert asked == [
     {**ridge, "closures": 1, "seed": 7},
     {**own, "closures": 3, "seed": 7},
     {**own, "closures": 2, "seed": 7},
-    {**unsorted, "refine": True, "closures": 5, "seed": 7},
+    {**unsorted, "closures": 5, "seed": 7},
   ]
   names = ("ridge", "asap", "asap@2", "asap_unsorted@5")
   assert models == {name: f"model {i}" for i, name in enumerate(names, start=1)}
@@ -132,51 +97,45 @@ def test_compiler_is_asked_for_every_form(monkeypatch):
 def test_two_closures_are_compiled_once(monkeypatch):
   asked, models, about = options_of(monkeypatch, closures=2, refine_steps=0)
   assert [options["closures"] for options in asked] == [1, 2, 5]
-  assert not any(options["refine"] for options in asked)
+  assert all(options["refine_steps"] == 0 for options in asked)
   assert models["asap"] == models["asap@2"] == "model 2"
   assert about["asap"] == about["asap@2"]
 
 
-def test_refinement_steps_are_passed_on():
-  assert frozen_layer.refinement(0) == {"refine": False}
-  assert frozen_layer.refinement(9) == {"refine": True, "refine_steps": 9}
-  assert frozen_layer.refinement(None) == {"refine": True}
+def message(capsys, files, *options):
+  """The last line of what the command says before it ends."""
+  with pytest.raises(SystemExit):
+    run(files, *options)
+  return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_files_of_another_kind_are_refused(files):
-  with pytest.raises(ValueError, match="expected a teacher's weights"):
-    load_teacher(files / "inputs.npz", heads=2)
-  with pytest.raises(ValueError, match="heads=3: expected a divisor of the width 16"):
-    load_teacher(files / "teacher.npz", heads=3)
+@pytest.mark.parametrize(
+  ("options", "expected"),
+  [
+    (("--heads", 0), "--heads: '0': expected an integer from 1 up"),
+    (("--heads", -2), "--heads: '-2': expected an integer from 1 up"),
+    (("--heads", 3), "heads=3: expected a divisor of the width 16"),
+    (("--slices", -2), "--slices: '-2': expected an integer from 1 up"),
+    (("--refine-steps", -1), "--refine-steps: '-1': expected an integer from 0 up"),
+    (("--test-limit", 0), "--test-limit: '0': expected an integer from 1 up"),
+    (("--teacher", "none.npz"), "--teacher: none.npz is not a file"),
+    (("--out", __file__), "--out: "),
+  ],
+)
+def test_arguments_that_make_no_sense(files, capsys, options, expected):
+  assert expected in message(capsys, files, *options)
 
 
-@pytest.mark.skipif(not TEACHERS.is_dir(), reason="the frozen teachers are not here")
-@pytest.mark.parametrize("name", ["cifar10", "imdb"])
-def test_forward_pass_is_the_reference(name):
-  path = TEACHERS / "reference_forward.py"
-  spec = importlib.util.spec_from_file_location("reference_forward", path)
-  reference = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(reference)
-  sizes = reference.SPECS[name]
-  inputs = load_inputs(TEACHERS / f"{name}_inputs.npz", 2).test
-  found = load_teacher(TEACHERS / f"{name}.npz", sizes["heads"])(jnp.asarray(inputs))
-  scaled = inputs / np.float32(127.5) - 1.0 if name == "cifar10" else inputs
-  expected, _ = reference.forward(
-    reference.load(TEACHERS / f"{name}.npz"),
-    jnp.asarray(scaled),
-    reference.sinkhorn(20),
-    **sizes,
+def test_files_of_another_form(files, capsys):
+  one = files / "one.npy"
+  np.save(one, np.zeros(3))
+  assert "one.npy holds one array: expected" in message(capsys, files, "--teacher", one)
+  (files / "words.npz").write_text("no arrays")
+  assert "words.npz cannot be read: " in message(
+    capsys, files, "--inputs", files / "words.npz"
   )
-  np.testing.assert_allclose(found, expected, atol=2e-3)
-
-
-def test_cuts_are_measured_in_their_fastest_form(files):
-  teacher = load_teacher(files / "teacher.npz", heads=2)
-  for given in (teacher, replacements.cut_sinkhorn(teacher, 5)):
-    cut = replacements.cut_sinkhorn(given, 3)
-    (site,) = find_sinkhorn(cut)
-    assert operator_of(held_at(cut, site)) == Operator("sinkhorn", 3)
-    swapped = replacements.softmax_swap(given)
-    assert operator_of(held_at(swapped, site)) == Operator("softmax")
-    ids = load_inputs(files / "inputs.npz", 4).test
-    assert np.isfinite(swapped(jnp.asarray(ids))).all()
+  # The weights again, instead of inputs.
+  assert "teacher.npz lacks ['xtest', 'xtrain', 'ytest']: expected inputs" in message(
+    capsys, files, "--inputs", files / "teacher.npz"
+  )
+  assert not (files / "out").exists()
