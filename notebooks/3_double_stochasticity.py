@@ -106,12 +106,12 @@ models = {
 
 # %% [markdown]
 # The third model is the Sinkhorn one, compiled: no iterations left, one closure. Its
-# dual maps are fitted by ridge regression alone; with `refine=True` they come closer.
+# dual maps are fitted by ridge regression alone; with `refine_steps` they come closer.
 
 # %%
 batches = tokens[train].reshape(11, 128, 16, 4)
 models["ASAP"], _ = asap_jax.compile(
-  models["Sinkhorn"], batches, slices=4, refine=False, progress=False
+  models["Sinkhorn"], batches, slices=4, refine_steps=0, progress=False
 )
 
 # %% [markdown]

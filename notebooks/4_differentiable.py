@@ -84,7 +84,7 @@ def entropic_cost(x, y):
   """Cost |x - y|^2 with entropy, from below, after three closures."""
   query = 2.0 * x / EPSILON
   logits = query @ y.T
-  f = asap_jax.closures(logits, asap_jax.potentials.summed(query, y), 3).f
+  f = asap_jax.closures(logits, asap_jax.potentials.sliced_start(query, y), 3).f
   value = EPSILON * dual_objective(logits, f) / len(x)
   return value + (x**2).sum(-1).mean() + (y**2).sum(-1).mean()
 
@@ -164,7 +164,7 @@ SHARPNESS = 2.0 / 0.01
 def key_dual(source, target):
   """g after three closures of the sliced start."""
   query = SHARPNESS * source
-  f = asap_jax.potentials.summed(query, target)
+  f = asap_jax.potentials.sliced_start(query, target)
   return asap_jax.closures(query @ target.T, f, 3).g
 
 
