@@ -35,7 +35,7 @@ def total_variation(
 
   Args:
     plan: attention weights `[..., n, m]`.
-    reference: those of the teacher, likewise.
+    reference: the teacher's attention weights `[..., n, m]`.
 
   Returns:
     `[..., n]`, 0 to 1.
@@ -46,11 +46,11 @@ def total_variation(
 def kl_divergence(
   plan: Float[Array, "*batch n m"], reference: Float[Array, "*batch n m"]
 ) -> Float[Array, "*batch n"]:
-  """KL(reference || plan) of each row.
+  """Divergence of each row from the teacher's: KL(reference || plan).
 
   Args:
     plan: attention weights `[..., n, m]`.
-    reference: those of the teacher, likewise.
+    reference: the teacher's attention weights `[..., n, m]`.
 
   Returns:
     `[..., n]`, in nats.
@@ -60,7 +60,7 @@ def kl_divergence(
 
 
 def row_error(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch n"]:
-  """|row sum - 1| of each row.
+  """Error of each row sum: $|sum - 1|$.
 
   Args:
     plan: attention weights `[..., n, m]`.
@@ -76,7 +76,7 @@ def column_error(
   query_mask: Bool[Array, "..."] | None = None,
   key_mask: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch m"]:
-  """|column sum / (n_valid / m_valid) - 1| of each column.
+  """Relative error of each column sum: $|sum / (n_{valid} / m_{valid}) - 1|$.
 
   Args:
     plan: attention weights `[..., n, m]`.
@@ -95,7 +95,7 @@ def column_error(
 
 
 def row_entropy(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch n"]:
-  """Entropy of each row: 0 for a permutation, log m for a uniform row.
+  r"""Entropy of each row: 0 for a permutation, $\log m$ for a uniform row.
 
   Args:
     plan: attention weights `[..., n, m]`.
@@ -126,11 +126,12 @@ def attention_sink_share(plan: Float[Array, "*batch n m"]) -> Float[Array, "*bat
 def rank_residual(
   tokens: Float[Array, "*batch n dim"], mask: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*batch"]:
-  """How far tokens are from being all alike: |X - 1 mean(X)^T| / |X|.
+  r"""Distance of tokens from being all alike: $|X - 1 \bar x^T| / |X|$.
 
-  The norm is sqrt(|.|_1 |.|_inf) (Dong et al., 2021, "Attention is not all you need:
-  pure attention loses rank doubly exponentially with depth", section 2.1), the mean
-  that of the valid tokens. Give it each layer's output to follow rank through depth.
+  The norm is $\sqrt{|.|_1 |.|_\infty}$ (Dong et al., 2021, "Attention is not all you
+  need: pure attention loses rank doubly exponentially with depth", section 2.1), and
+  $\bar x$ the mean of the valid tokens. Each layer's output in turn shows rank through
+  depth.
 
   Args:
     tokens: hidden states `[..., n, dim]`.

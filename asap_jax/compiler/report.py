@@ -13,13 +13,13 @@ from rich.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-  """An attention operator measured on one layer's held-out activations.
+  """Attention operator measured on one layer's held-out activations.
 
   Attributes:
     label: `"asap"`, `"asap@2"` with two closures, `"sinkhorn@3"` for the teacher
       stopped after three full iterations, and so on.
     tv: total variation distance to the teacher's plan, mean over heads and rows.
-    milliseconds: one attention call, measured like those of `LayerReport`.
+    milliseconds: one attention call, as in `LayerReport`.
   """
 
   label: str
@@ -50,13 +50,13 @@ class LayerReport:
     teacher_column_error: column error of the teacher's plan.
     teacher_milliseconds: one attention call of the teacher, from queries, keys and
       values to outputs, on a held-out batch; compiled by XLA, warm, median.
-    milliseconds: one call of the compiled operator, measured likewise.
+    milliseconds: one call of the compiled operator, measured in the same way.
     seconds: spent on this layer, apart from the teacher's forward passes, which all
       layers share.
     alternatives: operators that were measured on this layer; if several share the
       chosen label, the first is the chosen one.
-    chosen: label of the operator that stands in the compiled model, and whose figures
-      these are; `"teacher"` where the teacher was kept.
+    chosen: label of the compiled model's operator, which the figures describe;
+      `"teacher"` where the teacher was kept.
   """
 
   name: str
@@ -74,12 +74,12 @@ class LayerReport:
 
   @property
   def teacher(self) -> Alternative:
-    """The teacher's own attention, as a point beside the alternatives."""
+    """Teacher's own attention, as a point beside the alternatives."""
     return Alternative("teacher", 0.0, self.teacher_milliseconds)
 
   @property
   def standing(self) -> Alternative:
-    """The chosen operator, as it was measured among the alternatives if it is there."""
+    """Chosen operator, as it was measured among the alternatives if it is there."""
     for alternative in self.alternatives:
       if alternative.label == self.chosen:
         return alternative

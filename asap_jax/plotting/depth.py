@@ -31,7 +31,7 @@ def plot_curves(
 
   Args:
     curves: `(x, y)`, `[points]` each, by name.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the axes.
     xlabel: what x is.
     ylabel: what y is.
@@ -70,11 +70,11 @@ def plot_rank(
   Args:
     residuals: `asap_jax.metrics.rank_residual` of the tokens that enter the first
       block and of those that leave each block, `[blocks + 1]`, by model.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the axes.
 
   Returns:
-    The axes; models stand a little beside each other, as many pass the same points.
+    The axes; models are drawn a little apart, as many pass the same points.
 
   Raises:
     ValueError: if there are no models, or one has no residuals.

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from matplotlib.axes import Axes
 
-from asap_jax.plotting.style import axes_or_new, grid, series_style, titled
+from asap_jax.plotting.style import axes_or_new, series_style, subplots, titled
 
 CUTS_FAMILY = "Sinkhorn cut short"
 
@@ -17,7 +17,7 @@ CUTS_FAMILY = "Sinkhorn cut short"
 # Not the classes of `asap_jax.compiler`: its reports draw themselves by this module.
 @runtime_checkable
 class Point(Protocol):
-  """A measured operator, such as `asap_jax.compiler.Alternative`."""
+  """Measured operator, such as `asap_jax.compiler.Alternative`."""
 
   @property
   def label(self) -> str:
@@ -38,7 +38,7 @@ class Point(Protocol):
 
 @runtime_checkable
 class Reported(Protocol):
-  """A compiled model's report, such as `asap_jax.compiler.Report`."""
+  """Report of a compiled model, such as `asap_jax.compiler.Report`."""
 
   @property
   def layers(self) -> Sequence[Any]:
@@ -58,7 +58,7 @@ def plot_frontier(
   Args:
     series: points of each family, by its name; a point that is not finite is warned
       about and not drawn.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the axes.
 
   Returns:
@@ -124,8 +124,13 @@ def plot_report(
     raise ValueError(
       "report holds no alternatives: expected some measured on at least one layer"
     )
-  given = None if axes is None else np.asarray(axes, dtype=object).ravel()
-  panels = grid(len(layers), 4.3) if given is None else given
+  if axes is None:
+    all_panels = subplots(-(-len(layers) // 3), min(3, len(layers)), width=4.3).ravel()
+    for panel in all_panels[len(layers) :]:
+      panel.remove()
+    panels = all_panels[: len(layers)]
+  else:
+    panels = np.asarray(axes, dtype=object).ravel()
   if len(panels) != len(layers):
     raise ValueError(
       f"axes holds {len(panels)} axes: expected {len(layers)}, one for every layer "

@@ -23,7 +23,7 @@ def plot_scaling(
   Args:
     series: points `(length, value)` by family and variant; those that are not positive
       and finite are warned about and not drawn.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     ylabel: what the values are.
     title: above the axes.
 

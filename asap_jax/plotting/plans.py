@@ -24,10 +24,10 @@ def plot_plan(
 
   Args:
     plan: attention weights `[n, m]`.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the image.
-    maximum: weight that is drawn black, the plan's largest by default; give plans side
-      by side the same.
+    maximum: weight that is drawn black, the plan's largest by default; plans that are
+      compared need one value.
 
   Returns:
     The axes.
@@ -47,7 +47,7 @@ def plot_column_sums(plan: ArrayLike, axes: Axes | None = None) -> Axes:
 
   Args:
     plan: attention weights `[n, m]`, without padding.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
 
   Returns:
     The axes; the line at 1 is double stochasticity.
@@ -115,7 +115,7 @@ def plot_sinks(
   Args:
     plans: attention weights `[..., n, m]`, without padding, by name; keys are put in
       order within each plan, and means taken over the leading axes.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the axes.
 
   Returns:

@@ -27,13 +27,13 @@ def plot_potentials(
   axes: Axes | None = None,
   title: str | None = None,
 ) -> Axes:
-  """Draws one-dimensional potentials over their points, which stand at the bottom.
+  """Draws one-dimensional potentials over marks of their points.
 
   Args:
     x: points `[n]`, in any order, without absent ones.
     potentials: of one problem, as `asap_jax.kantorovich_potentials` gives them.
     y: points `[m]` of the other side; without them phi is drawn alone.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the axes.
 
   Returns:
@@ -76,7 +76,7 @@ def plot_dual(
   Args:
     dual: query-side duals `[..., n]`, in units of logits, without absent points.
     predictions: of the same shape, by name.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the axes.
 
   Returns:
@@ -115,7 +115,7 @@ def plot_clouds(
 
   Args:
     clouds: points `[n, 2]`, or all of them `[n]`, by name.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the axes.
 
   Returns:
@@ -155,7 +155,7 @@ def plot_coupling(
     x: points `[n, 2]` in the plane, or `[n]` on a line.
     y: points `[m, 2]` or `[m]`, as x.
     plan: non-negative, `[n, m]`; entries below a fiftieth of the largest are left out.
-    axes: where to draw, those of a new figure by default.
+    axes: where to draw; a new figure by default.
     title: above the axes.
     names: of the clouds.
 

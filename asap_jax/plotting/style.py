@@ -1,4 +1,4 @@
-"""What the figures share: colours, markers, lines, and figures without pyplot."""
+"""Colours, markers and lines of all figures, and figures without pyplot."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 
 
 class SelfShowing(Figure):
-  """A figure that notebooks show as an image, with pyplot or without it."""
+  """Figure that notebooks show as an image, with pyplot or without it."""
 
   def _repr_png_(self) -> bytes:
     image = io.BytesIO()
@@ -56,18 +56,8 @@ def subplots(
 
 
 def axes_or_new(axes: Axes | None, width: float = 4.0, height: float = 3.2) -> Axes:
-  """`axes`, or those of a new figure."""
+  """`axes`, or new ones on a figure of their own."""
   return subplots(width=width, height=height)[0, 0] if axes is None else axes
-
-
-def grid(count: int, width: float = 4.0, height: float = 3.2) -> np.ndarray:
-  """Axes of a new figure, `[count]`, three in a row."""
-  columns = min(3, count)
-  rows = -(-count // columns)
-  panels = subplots(rows, columns, width=width, height=height).ravel()
-  for panel in panels[count:]:
-    panel.remove()
-  return panels[:count]
 
 
 def series_style(index: int) -> dict[str, Any]:
@@ -91,7 +81,7 @@ def series_style(index: int) -> dict[str, Any]:
 
 
 def titled(axes: Axes, title: str | None) -> Axes:
-  """The axes, with a title if there is one."""
+  """Axes with a title, if there is one."""
   if title is not None:
     axes.set_title(title)
   return axes

@@ -33,7 +33,7 @@ def orthogonal(key: jax.Array, heads: int, slices: int, dim: int) -> Directions:
 
 
 def principal(covariance: Float[Array, "heads dim dim"], slices: int) -> Directions:
-  """Eigenvectors of each head's covariance, those of the largest eigenvalues first.
+  """Eigenvectors of each head's covariance, largest eigenvalues first.
 
   The covariance is for instance the sum of the second moments of queries and keys over
   calibration data.

@@ -17,23 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from asap_jax.masses import (
-  Masses,
-  by_slice,
-  check_weights,
-  normalised,
-  valid,
-  zero_invalid,
-)
+from asap_jax import masses
+from asap_jax.masses import Masses, check_weights, zero_invalid
 from asap_jax.numerics import exact_einsum, float_dtype
-from asap_jax.potentials.sorting import (
-  ascending,
-  first_of_equals,
-  inverse,
-  places_of,
-  search,
-  take,
-)
+from asap_jax.potentials import sorting
+from asap_jax.potentials.sorting import places_of, take
 
 # Cumulative masses closer than this, of a total of one, count as equal: float32 sums
 # err by less. A jump that rounding hid would give one of its sides, not the midpoint.
@@ -185,7 +173,7 @@ def sliced_potentials(
     ).swapaxes(-1, -2)
     for points in (query, key)
   )
-  return kantorovich_potentials(x, y, *by_slice(query_weights, key_weights)), x
+  return kantorovich_potentials(x, y, *masses.by_slice(query_weights, key_weights)), x
 
 
 def _sort(
@@ -194,16 +182,16 @@ def _sort(
   exact = all(w is None or w.dtype == jnp.bool_ for w in (x_weights, y_weights))
   x, y = _infinite(x, x_weights), _infinite(y, y_weights)
   if x.shape == y.shape:  # both sides in one sort
-    values, order = ascending(jnp.stack([x, y], axis=1))
+    values, order = sorting.ascending(jnp.stack([x, y], axis=1))
     of_x, of_y = (values[:, 0], order[:, 0]), (values[:, 1], order[:, 1])
   else:
-    of_x, of_y = ascending(x), ascending(y)
+    of_x, of_y = sorting.ascending(x), sorting.ascending(y)
   return _describe(*of_x, x_weights, exact), _describe(*of_y, y_weights, exact)
 
 
 def _infinite(x: Array, weights: Masses) -> Array:
   """Points along the first axis; absent ones at infinity, so that they come last."""
-  mask = valid(weights)
+  mask = masses.valid(weights)
   return jnp.moveaxis(x if mask is None else jnp.where(mask, x, jnp.inf), -1, 0)
 
 
@@ -211,16 +199,16 @@ def _describe(values: Array, order: Array, weights: Masses, exact: bool) -> _Sor
   n = values.shape[0]
   # Equal points share the first of their places: their potentials are equal, too.
   # NaN equals nothing, so that absent points, all infinite, are no run of equals.
-  places = first_of_equals(jnp.where(jnp.isfinite(values), values, jnp.nan))
-  rank = inverse(order, places)
-  mask = valid(weights)
+  places = sorting.first_of_equals(jnp.where(jnp.isfinite(values), values, jnp.nan))
+  rank = sorting.inverse(order, places)
+  mask = masses.valid(weights)
   count: Array | int = n
   if mask is not None:
     count = jnp.broadcast_to(mask.sum(-1), values.shape[1:])
     values = jnp.where(places_of(values) < count, values, 0.0)
   if exact:
     return _Sorted(values, rank, count, None)
-  mass = jnp.broadcast_to(normalised(weights, n), (*values.shape[1:], n))
+  mass = jnp.broadcast_to(masses.normalised(weights, n), (*values.shape[1:], n))
   mass = take(jnp.moveaxis(mass, -1, 0), order)
   return _Sorted(values, rank, count, jnp.cumsum(mass, axis=0))
 
@@ -252,8 +240,8 @@ def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
     level = xs.mass
     if halfway:
       level = level - jnp.diff(level, axis=0, prepend=0.0) / 2
-    below = search(ys.mass, level - _MASS_TOLERANCE)
-    above = search(ys.mass, level + _MASS_TOLERANCE)
+    below = sorting.search(ys.mass, level - _MASS_TOLERANCE)
+    above = sorting.search(ys.mass, level + _MASS_TOLERANCE)
   shape = n, *ys.values.shape[1:]
   last = (jnp.maximum(jnp.asarray(ys.count), 1) - 1).astype(jnp.int32)
   below, above = (

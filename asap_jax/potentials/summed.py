@@ -21,15 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.masses import (
-  Masses,
-  by_slice,
-  centre,
-  check_weights,
-  mean,
-  normalised,
-  zero_invalid,
-)
+from asap_jax import masses
+from asap_jax.masses import Masses, centre, check_weights, zero_invalid
 from asap_jax.numerics import exact_einsum, float_dtype
 from asap_jax.potentials.kantorovich import kantorovich_potentials
 
@@ -151,15 +144,15 @@ def sliced_start(
     share = slices.shape[-1] / slices.shape[-2]
   x = _projected(centre(query, query_weights, axis=-2), bases.query)
   y = _projected(centre(key, key_weights, axis=-2), bases.key)
-  weights = by_slice(query_weights, key_weights)
+  weights = masses.by_slice(query_weights, key_weights)
   phi = kantorovich_potentials(x, y, *weights).phi
   if entropic:
-    spread = mean(x**2, weights[0]) * mean(y**2, weights[1])
+    spread = masses.mean(x**2, weights[0]) * masses.mean(y**2, weights[1])
     # rho = 1 / (k + sqrt(1 + k^2)) times 2 s t above and below: no slice divides by 0.
     product = 2.0 * jnp.sqrt(jnp.where(spread > 0, spread, 1.0))
     rho = product / (1.0 + jnp.sqrt(1.0 + product**2))
     phi = jnp.where(spread > 0, rho, 0.0) * phi
-  average = mean(key, key_weights, axis=-2)
+  average = masses.mean(key, key_weights, axis=-2)
   f = share * phi.sum(-2) - _projected(query, average)[..., 0, :]
   return centre(f, query_weights)
 
@@ -183,7 +176,7 @@ def _covariance(points: Array, weights: Masses) -> Array:
   points = jax.lax.stop_gradient(points.astype(float_dtype(points)))
   points = zero_invalid(points, weights, axis=-2)
   centred = centre(points, weights, axis=-2)
-  mass = normalised(weights, points.shape[-2])[..., :, None]
+  mass = masses.normalised(weights, points.shape[-2])[..., :, None]
   return exact_einsum("...ni,...nj->...ij", centred * mass, centred)
 
 
