@@ -40,8 +40,8 @@ def build_attention(
     rngs: source of what it learns, stream `params`.
 
   Returns:
-    A module where the attention has parameters of its own, else a function: the same
-    object for every layer.
+    A module where the attention has parameters of its own, else a function: one object
+    for all layers.
 
   Raises:
     ValueError: if the name is unknown, or its attention cannot be trained from scratch.

@@ -62,7 +62,7 @@ class Block(nnx.Module):
     rngs: nnx.Rngs | None = None,
     sow_weights: bool = False,
   ) -> jax.Array:
-    """`[batch, length, width]` to the same; `mask` as attention functions take it.
+    """`[batch, length, width]` to an array like it; `mask` as in attention functions.
 
     Features are dropped if `rngs` has a stream `dropout`.
     """

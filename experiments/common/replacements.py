@@ -35,12 +35,10 @@ class Layer(NamedTuple):
   """A Sinkhorn attention of a teacher on one batch.
 
   Attributes:
-    iterations: full ones that the teacher takes.
     calls: queries, keys and masks of its calls.
     held: the attention functions of the compared models in this place, by their names.
   """
 
-  iterations: int
   calls: tuple[Activation, ...]
   held: dict[str, Any]
 
@@ -60,7 +58,6 @@ def layers_of(
   record = recorder(teacher, sites, call_model)
   return [
     Layer(
-      site.iterations,
       calls,
       {name: held_at(model, site) for name, model in compared.items()},
     )
@@ -87,7 +84,7 @@ def softmax_swap(teacher: nnx.Module) -> nnx.Module:
 def cut_sinkhorn(teacher: nnx.Module, iterations: int) -> nnx.Module:
   """The teacher with its Sinkhorn attentions stopped after some full iterations.
 
-  In the scaling domain, which is their fastest form: what a compiled model has to beat.
+  They run in the scaling domain, their fastest form: the one to beat.
   """
   return _swap(teacher, sinkhorn_attention, iterations=iterations, implementation="xla")
 

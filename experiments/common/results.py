@@ -109,7 +109,7 @@ def _place(row: Mapping[str, Any]) -> tuple[str, str | None]:
 def pooled_row(per_seed: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
   """One row from those of all seeds, `None` where a seed has no such row.
 
-  `accuracies` are those of the seeds, `None` likewise; `accuracy_std` is their
+  `accuracies` lists them, `None` where there is none; `accuracy_std` is their
   deviation, from two seeds on. Lists and `layers` are means place by place. A mean that
   no seed has is `None`.
   """

@@ -61,8 +61,8 @@ def time_interleaved(
 ) -> dict[Name, Times]:
   """Times calls against each other: every repeat goes over all of them.
 
-  In each repeat the order is drawn anew, so that what the machine does besides, and
-  what a call leaves in the caches, falls on all alike.
+  Each repeat draws another order. Other work of the machine, and whatever a call leaves
+  in the caches, then falls on all calls alike.
 
   Args:
     calls: functions of nothing that return arrays; compiled, if compiling is not to

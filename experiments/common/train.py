@@ -104,7 +104,7 @@ class Watch:
 
 @functools.cache
 def transformation(config: TrainConfig) -> optax.GradientTransformation:
-  """That of Optax: the same object for equal `config`, so that a step compiles once."""
+  """Optax's optimizer: one object for equal `config`, so that a step compiles once."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0,
     config.learning_rate,

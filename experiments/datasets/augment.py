@@ -35,7 +35,7 @@ def augment(mean: np.ndarray, std: np.ndarray, *, flip: bool) -> Transform:
 
 
 def random_crop(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Images [batch, height, width, channels] moved at random, anew."""
+  """Copies of images [batch, height, width, channels], moved at random."""
   count, height, width, _ = images.shape
   margins = height // 8, width // 8
   pads = [(0, 0), *((margin, margin) for margin in margins), (0, 0)]

@@ -26,11 +26,11 @@ def loader(
   Images come as float32 in [0, 1]; everything else as it is. Batches reach across the
   ends of epochs, each of which has its own order; only the last one of all may be
   smaller. The iterator's `get_state()` is a small dict that JSON can hold, and
-  `set_state()` of one from the same arguments goes on with the same batches.
+  `set_state()` of an iterator from equal arguments goes on with the batches after it.
 
   Args:
     examples: arrays of one length, or images as `experiments.datasets.tasks` gives
-      them, which are decoded anew each time.
+      them, which are decoded at each read.
     batch_size: examples in a batch.
     seed: of the order and of `transform`, from 0 to 2**32 - 1.
     shuffle: False for the examples' own order.

@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
 
   @property
   def train_transform(self) -> Transform | None:
-    """What `loader` is to do with training batches."""
+    """The transform that `loader` applies to training batches."""
     if self.kind == "text":
       return None
     assert self.mean is not None
@@ -54,7 +54,7 @@ class Prepared(NamedTuple):
 
   @property
   def test_transform(self) -> Transform | None:
-    """What `loader` is to do with the batches that are evaluated."""
+    """The transform that `loader` applies to batches for evaluation."""
     if self.kind == "text":
       return None
     assert self.mean is not None

@@ -14,7 +14,7 @@ from experiments.datasets.tfds import check_splits, find_builder, open_split, pa
 
 
 class Preset(NamedTuple):
-  """What to read of a data set.
+  """Features and splits of a data set to read.
 
   `flip` says that a mirrored image keeps its label; `repository` is the one of Hugging
   Face from which TFDS prepares what is not in its own catalogue.

@@ -19,7 +19,7 @@ class Parts(NamedTuple):
 
 
 class Source(Protocol):
-  """What is known of a data set before it is found."""
+  """Knowledge of a data set before it is found."""
 
   @property
   def config(self) -> str | None:
@@ -27,7 +27,7 @@ class Source(Protocol):
 
   @property
   def repository(self) -> str | None:
-    """That of Hugging Face, if TFDS has it from there."""
+    """Its repository at Hugging Face, if TFDS has it from there."""
 
 
 def parts_of(name: str) -> Parts:
@@ -81,6 +81,9 @@ def find_builder(
     while cause.__cause__ is not None:
       cause = cause.__cause__
     reason = f"{type(cause).__name__}: {str(cause).strip()}".split("\n")[0]
+    # Which module it misses first says little to whoever has no TensorFlow at all.
+    if isinstance(cause, ImportError) and not _has_tensorflow():
+      reason = "TensorFlow is not installed"
     hub = hosted or parts.namespace
     needed = "TensorFlow and `datasets`" if hub else "TensorFlow"
     folder = hosted.split("/")[0] if hosted else parts.base
@@ -105,6 +108,10 @@ def _download(
   return builder
 
 
+def _has_tensorflow() -> bool:
+  return importlib.util.find_spec("tensorflow") is not None
+
+
 def _place(data_dir: str | pathlib.Path | None) -> str:
   return f"data_dir={str(data_dir)!r}" if data_dir else "the data directory of TFDS"
 
@@ -125,8 +132,7 @@ def _unknown(
   hint = f"Did you mean {' or '.join(close)}?" if close else ""
   prepared = f"There are: {', '.join(sorted(here))}. " if here else ""
   hint = hint or f"Presets are {', '.join(presets)}"
-  partly = importlib.util.find_spec("tensorflow") is None
-  catalogued = ", which is not whole without TensorFlow" if partly else ""
+  catalogued = "" if _has_tensorflow() else ", which is not whole without TensorFlow"
   return (
     f"{named!r}: neither prepared in {_place(data_dir)} nor in the catalogue of TFDS"
     f"{catalogued}. {prepared}{hint}"

@@ -1,4 +1,4 @@
-"""What linear classifiers reach, for comparison."""
+"""Accuracy of linear classifiers, for comparison."""
 
 from typing import Any
 

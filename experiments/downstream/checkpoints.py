@@ -133,9 +133,12 @@ class MetricsLog:
   def __init__(self, path: pathlib.Path, columns: Sequence[str], step: int = 0):
     kept = [",".join(columns)]
     if path.exists():
-      # A line without its end was cut off.
-      lines = path.read_text().split("\n")[1:-1]
-      kept += [line for line in lines if int(line.partition(",")[0]) <= step]
+      # A line without its end was cut off, one without a number damaged by a crash.
+      lines = path.read_text(errors="replace").split("\n")[1:-1]
+      whole = [line for line in lines if line.partition(",")[0].isdecimal()]
+      if len(whole) < len(lines):
+        print(f"{path}: {len(lines) - len(whole)} damaged lines are left out")
+      kept += [line for line in whole if int(line.partition(",")[0]) <= step]
     write_whole(path, "\n".join(kept) + "\n")
     self._columns = columns
     self._file = path.open("a", newline="")

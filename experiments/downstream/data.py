@@ -67,7 +67,7 @@ def load(
 
 
 def image_size_of(task: Task, preset: Preset) -> int | None:
-  """That of the preset, or `None` for small square images that patches divide."""
+  """The preset's, or `None` for small square images that patches divide."""
   if task.kind == "text":
     return None
   height, width, _ = task.train[0]["input"].shape

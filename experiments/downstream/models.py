@@ -29,7 +29,7 @@ class VisionTransformer(Classifier):
   Args:
     config: sizes; `token_size` is patch^2 * channels.
     attention_fn: as of `Classifier`.
-    rngs: likewise.
+    rngs: source of the weights, stream `params`.
     patch: side of a patch, a token each.
     channels: of the images.
     convolutions: whether patches are embedded by convolutions that halve the sides

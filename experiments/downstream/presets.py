@@ -29,10 +29,10 @@ class Preset:
     image_size: side that images of more than `SMALL_SIDE` are scaled to.
     patch: side of those of large images; of small ones it is 4.
     convolutions: whether convolutions embed the patches.
-    positions: see `EncoderConfig`, as for the next three.
-    dropout: likewise.
-    token_dropout: likewise.
-    dtype: likewise.
+    positions: see `EncoderConfig`.
+    dropout: see `EncoderConfig`.
+    token_dropout: see `EncoderConfig`.
+    dtype: see `EncoderConfig`.
     steps: of training.
     batch_size: of training.
     learning_rate: the highest.
@@ -66,7 +66,7 @@ class Preset:
   calibration: int = 1280
 
   def training(self) -> TrainConfig:
-    """What the optimizer needs to know."""
+    """Options of the optimizer."""
     fields = (field.name for field in dataclasses.fields(TrainConfig))
     return TrainConfig(**{name: getattr(self, name) for name in fields})
 
@@ -108,7 +108,7 @@ PRESETS = {
   "tiny": {"text": _TINY_TEXT, "image": _TINY_IMAGE},
   "paper": {"text": _PAPER_TEXT, "image": _PAPER_IMAGE},
 }
-# What one data set needs otherwise: long reviews, of which both ends say most.
+# Other values for one data set: long reviews, of which both ends say most.
 _OWN: dict[tuple[str, str], dict[str, Any]] = {
   ("tiny", "imdb_reviews"): {
     "length": 128,

@@ -43,7 +43,7 @@ def run_seed(
   laps = Laps()
   trained, about = train_all(names, data, preset, seed, directory)
   teacher = trained["sinkhorn"]
-  # Of all processes that had a share in it.
+  # In all processes that had a share in it.
   train_seconds = sum(each["train_seconds"] for each in about.values())
   laps.end("train")
 
@@ -120,7 +120,7 @@ def train_all(
 
 
 def _shifted_rows(trained, replaced, data: Data, plans) -> list[dict[str, Any]]:
-  """The same models on inputs of another kind; see `evaluation.shifted`."""
+  """Rows of these models on inputs of another kind; see `evaluation.shifted`."""
   kind = "half length" if data.prepared.kind == "text" else "enlarged centre"
   kept = {name: replaced[name] for name in evaluation.SHIFTED}
   batches = ordered_batches(data.prepared.test, data.prepared.test_transform)

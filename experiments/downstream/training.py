@@ -66,16 +66,15 @@ def train(
 ) -> Trained:
   """Trains on as many steps as `config` says, from the last checkpoint if there is one.
 
-  A batch is spread over all local devices, the parameters are on each of them. What a
-  killed run still does when it is started again equals what it would have done, on a
-  CPU to the last bit.
+  A batch is spread over all local devices, the parameters are on each of them. A killed
+  run that is started again ends as it would have without, on a CPU to the last bit.
 
   Args:
     model: called as `model(batch, rngs)`, gives class logits; left untouched.
     batches: an endless iterator of batches with `label`, with `get_state` and
       `set_state` as Grain's have them.
     held_out: gives batches that are not trained on, to choose the best parameters by.
-    config: of the optimizer; its `batch_size` is that of `batches`.
+    config: of the optimizer; its `batch_size` is the size of `batches`.
     seed: of dropout.
     checks: looks at the held-out batches, each of which leaves a checkpoint.
     directory: of checkpoints and `metrics.csv`.

@@ -42,7 +42,7 @@ class FrozenLayer(nnx.Module):
     self.attention_fn = functools.partial(sinkhorn_attention, iterations=ITERATIONS)
 
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`[batch, n, width]` to the same; `mask` as attention functions take it."""
+    """`[batch, n, width]` to an array like it; `mask` as in attention functions."""
     projected = jnp.split(_layer_norm(x) @ self.qkv[...], 3, axis=-1)
     query, key, value = (
       part.reshape(*x.shape[:2], self.heads, -1) for part in projected

@@ -5,7 +5,7 @@ Three methods that follow from the dual maps of `asap_jax`:
 - RA-OT ("Amortized Optimal Transport from Sliced Potentials", 2026, arXiv 2604.15114):
   least squares of potentials on sliced ones; here ridge regression of the converged
   dual, `fit_by_regression`;
-- OA-OT (the same paper): the same map, fitted by maximising the dual objective; here
+- OA-OT (this paper too): this map, fitted by maximising the dual objective; here
   with the closure inside and by Adam, `fit_by_objective`;
 - Meta OT (Amos et al., 2022, "Meta Optimal Transport", arXiv 2206.05262): a network
   predicts f and maximises the dual objective. Theirs reads measures on a fixed grid;

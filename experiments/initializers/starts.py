@@ -55,7 +55,7 @@ def learned_starts(
 ) -> dict[str, Any]:
   """Maps from the sliced potentials, or none, learned with a teacher and without.
 
-  Regression on potentials (RA-OT), the same by the dual objective (OA-OT), all features
+  Regression on potentials (RA-OT), this map by the dual objective (OA-OT), all features
   and a network by the objective, and a network that sees no slices (Meta OT).
   """
   query = fitted.x * (2.0 if cost == "squared" else 1.0) / epsilon

@@ -1,4 +1,4 @@
-"""What the peers' papers claim, against what `experiments.peers` measured.
+"""Claims of the peers' papers, against measurements of `experiments.peers`.
 
 Statements are in our words, and of the papers' abstracts. All are judged on one small
 task: what fails here may hold on theirs. Thresholds are the constants below.
@@ -23,7 +23,7 @@ KEPT = 0.01
 SPEEDUP = 5.3
 
 Row = Mapping[str, Any]
-# What was measured in words, and whether the claim holds; `None` if it cannot be told.
+# The measurement in words, and whether the claim holds; `None` if it cannot be told.
 Judgement = tuple[str, bool | None]
 
 
@@ -96,7 +96,7 @@ def as_accurate(row: Row, rows: Mapping[str, Row], *, as_: str) -> Judgement:
 def faster(
   row: Row, rows: Mapping[str, Row], *, than: Sequence[str], times: float = 1.0
 ) -> Judgement:
-  """Whether a forward pass takes less than that of all others, by a factor.
+  """Whether a forward pass takes less time than all others, by a factor.
 
   The slow quartile of the one against the fast quartile of the other.
   """

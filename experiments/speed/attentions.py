@@ -72,7 +72,7 @@ def unrolled_sinkhorn(
   def solve(logits):
     cost = geometry.Geometry(cost_matrix=-logits, epsilon=1.0)
     output = solver(linear_problem.LinearProblem(cost))
-    # OTT's plan sums to one, that of attention to the number of queries.
+    # OTT's plan sums to one, a plan of attention to the number of queries.
     return asap_jax.Duals(output.f, output.g + math.log(logits.shape[0]))
 
   logits = jnp.einsum("bhnd,bhmd->bhnm", *heads_first(query, key))

@@ -30,7 +30,7 @@ class Candidate(NamedTuple):
 
   Attributes:
     method: as in results.json.
-    implementation: likewise.
+    implementation: as in results.json.
     function: of queries, keys, values and `arguments`.
     matrices: float32 matrices of all pairs of tokens that it holds at once, roughly.
     arguments: parameters.

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
   Attributes:
     shape: of the inputs.
     inputs: queries, keys and values, normal, so that logits have deviation one.
-    slices: numbers of slices to try; the first is that of all but `asap`.
+    slices: numbers of slices to try; all methods but `asap` take the first.
     iterations: full iterations of the teacher.
     seed: of the dual maps.
     device: `"cpu"`, `"gpu"` or `"tpu"`.

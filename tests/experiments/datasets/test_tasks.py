@@ -1,10 +1,13 @@
 """Data sets by name, and errors that say what to pass."""
 
+import io
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from helpers import tfds_sets
 from helpers.tfds_sets import SHARED, image_features, png, text_features, texts
+from PIL import Image
 
 from experiments.datasets.examples import evenly, read_many
 from experiments.datasets.tasks import PRESETS, load_task
@@ -90,6 +93,17 @@ def test_images_without_a_channel_of_colour(tmp_path):
   (row,) = load_task("mnist", data_dir=tmp_path).train
   np.testing.assert_array_equal(row["input"], pixels)
   assert row["label"] == 3
+
+
+def test_images_of_sixteen_bits_are_scaled(tmp_path):
+  pixels = np.array([[0, 1000], [32768, 65535]], np.uint16)
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, "png")
+  rows = [{"image": file.getvalue(), "label": 3}]
+  features = image_features((2, 2, 1), 10)
+  tfds_sets.write(tmp_path, "mnist", features, {"train": rows, "test": rows})
+  (row,) = load_task("mnist", data_dir=tmp_path).train
+  np.testing.assert_array_equal(row["input"][..., 0], [[0, 4], [128, 255]])
 
 
 def test_keys_are_those_that_the_set_calls_supervised(tmp_path):

@@ -89,6 +89,19 @@ def test_download_that_fails(tmp_path, monkeypatch, name, asked, folder):
   assert opened == [hosted if name == "dbpedia_14" else asked]
 
 
+def test_data_sets_cannot_be_prepared_without_tensorflow(tmp_path, monkeypatch):
+  def builder(name, *, data_dir):
+    raise ModuleNotFoundError("No module named 'importlib_resources'")
+
+  monkeypatch.setattr(own_tfds.tfds, "builder", builder)
+  monkeypatch.setattr(own_tfds.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(RuntimeError, match=r"prepare it \(TensorFlow is not installed\)"):
+    load_task("mnist", data_dir=tmp_path)
+  monkeypatch.setattr(own_tfds.importlib.util, "find_spec", lambda name: name)
+  with pytest.raises(RuntimeError, match="No module named 'importlib_resources'"):
+    load_task("mnist", data_dir=tmp_path)
+
+
 def test_download_is_read(films, monkeypatch):
   """What is prepared elsewhere by then is read as usual."""
   found = own_tfds.builder_from_files("films", data_dir=films)

@@ -69,7 +69,7 @@ def test_a_checkpoint_that_was_half_removed_is_passed_over(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["4"]
 
 
-def test_log_goes_on_after_the_step_that_is_resumed(tmp_path):
+def test_log_goes_on_after_the_step_that_is_resumed(tmp_path, capsys):
   path = tmp_path / "new" / "metrics.csv"
   with MetricsLog(path, ("step", "loss", "accuracy")) as log:
     for step in (1, 2, 10):
@@ -81,6 +81,13 @@ def test_log_goes_on_after_the_step_that_is_resumed(tmp_path):
   with MetricsLog(path, ("step", "loss", "accuracy"), 2) as log:
     log.write(step=3, loss=7.5, accuracy=1.0)
   assert path.read_text() == "step,loss,accuracy\n1,0.5,\n2,1.0,\n3,7.5,1.0\n"
+  # A crash may leave zeros where a line was to be.
+  with path.open("a") as file:
+    file.write("\0" * 7 + "\n4,1.0,1.0\n")
+  with MetricsLog(path, ("step", "loss", "accuracy"), 4):
+    pass
+  assert path.read_text().split("\n")[3:] == ["3,7.5,1.0", "4,1.0,1.0", ""]
+  assert "metrics.csv: 1 damaged lines are left out" in capsys.readouterr().out
   with MetricsLog(path, ("step", "loss", "accuracy")):
     pass
   assert path.read_text() == "step,loss,accuracy\n"

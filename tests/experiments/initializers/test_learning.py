@@ -109,9 +109,8 @@ def test_a_network_without_slices_learns_from_the_objective(problems):
   assert found.dual_map.network is not None
   assert gap(found.dual_map, problems[1]) < 0.5 * gap(zero, problems[1])
   order = jax.random.permutation(KEYS[1], 10)
-  moved = seen._replace(
-    query=seen.query[:, :, order], query_mask=seen.query_mask[..., order]
-  )
+  query, query_mask = seen.query[:, :, order], seen.query_mask[..., order]
+  moved = Activation(query, seen.key, None, query_mask, seen.key_mask, None)
   f, turned = (
     asap_jax.predict_dual(found.dual_map, a.query, a.key, a.query_mask, a.key_mask)
     for a in (seen, moved)
