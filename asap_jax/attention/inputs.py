@@ -1,55 +1,147 @@
-"""What every attention function does before and after its plan: inputs and values."""
+"""Arguments of an attention function, checked and laid out; and its last step.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+`prepare` puts heads in front, `restrict` and `exclude` take the mask apart, and
+`Inputs.attend` applies a plan to the values.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from asap_jax.attention.implementations.chunked import chunked_attention
-from asap_jax.attention.implementations.cudnn import cudnn_attention
-from asap_jax.attention.implementations.dispatch import Implementation, choose
-from asap_jax.attention.implementations.xla import scaled_attention
 from asap_jax.masses import zero_invalid
 
 
-class Inputs(NamedTuple):
-  """Attention inputs with heads in front: `[batch..., heads, length, dim]`.
+@runtime_checkable
+class Plan(Protocol):
+  """Attention weights that can be applied to values without being formed."""
+
+  def dense(self) -> Array:
+    """Masses, `[..., n, m]`, float32."""
+
+  def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
+    """Masses times values `[..., m, features]`, in the dtype of the values."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activation:
+  """Queries and keys as one attention sees them: a pytree, heads in front.
 
   Attributes:
-    query: float32 or better, multiplied by scale / epsilon.
-    key: one per query head.
-    value: likewise, in the result's dtype.
-    bias: added to query key^T, or `None`.
-    precision: of the products.
-    unscaled: `query` in the inputs' dtype, before the multiplication.
-    scale: scale / epsilon.
+    query: `[batch..., heads, n, dim]`, float32 or better, multiplied by
+      scale / epsilon; zero at absent queries.
+    key: `[batch..., heads, m, dim]`, one per query head; zero at absent keys.
+    bias: added to query key^T, broadcast to `[batch..., heads, n, m]`, or `None`.
     query_mask: valid queries, `[batch..., heads or 1, n]`, or `None` for all.
     key_mask: valid keys, `[batch..., heads or 1, m]`, or `None` for all.
     is_product: per element, whether the mask was the outer product of the two; `None`
       where that is known.
+    precision: of the products (static).
   """
 
-  query: Array
-  key: Array
-  value: Array
-  bias: Array | None
-  precision: jax.lax.PrecisionLike
-  unscaled: Array
-  scale: float | Array
-  query_mask: Array | None = None
-  key_mask: Array | None = None
-  is_product: Array | None = None
+  query: Any
+  key: Any
+  bias: Any = None
+  query_mask: Any = None
+  key_mask: Any = None
+  is_product: Any = None
+  precision: Any = dataclasses.field(default=None, metadata={"static": True})
+
+  @property
+  def masks(self) -> tuple[Array | None, Array | None]:
+    """Valid queries and valid keys."""
+    return self.query_mask, self.key_mask
 
   @property
   def logits(self) -> Float[Array, "*batch heads n m"]:
     """S = query key^T + bias."""
-    logits = jnp.einsum(
+    products = self.products
+    return products if self.bias is None else products + self.bias
+
+  @property
+  def products(self) -> Float[Array, "*batch heads n m"]:
+    """query key^T."""
+    return jnp.einsum(
       "...nd,...md->...nm", self.query, self.key, precision=self.precision
     )
-    return logits if self.bias is None else logits + self.bias
+
+
+class Dropout(NamedTuple):
+  """Dropout of attention weights, and where they are sown.
+
+  Attributes:
+    rng: PRNG key, or `None`.
+    rate: share of the weights to drop, zero for none.
+    broadcast: whether all batch elements and heads drop the same weights.
+    module: of Flax, which the weights are sown in, or `None`.
+  """
+
+  rng: Array | None = None
+  rate: float = 0.0
+  broadcast: bool = True
+  module: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs(Activation):
+  """One call of an attention function; no pytree.
+
+  Attributes:
+    value: `[batch..., heads, m, features]`, in the result's dtype.
+    unscaled: `query` in the inputs' dtype, before the multiplication.
+    scale: scale / epsilon.
+    allowed: pairs that may attend, broadcast to `[batch..., heads, n, m]`, or `None`
+      for all; only where a function takes any mask.
+    dropout: of the weights.
+  """
+
+  value: Any = None
+  unscaled: Any = None
+  scale: Any = 1.0
+  allowed: Any = None
+  dropout: Dropout = dataclasses.field(default_factory=Dropout)
+
+  def attend(self, plan: Array | Plan) -> Float[Array, "*batch n heads features"]:
+    """Values weighted by the plan, with dropout, sowing and the check of the mask.
+
+    A plan that need not be formed is formed only for dropout or sowing. An element
+    whose mask is not an outer product is NaN.
+
+    Raises:
+      ValueError: if dropout is active without a PRNG key.
+    """
+    rng, rate, broadcast, module = self.dropout
+    if not isinstance(plan, jax.Array):
+      if module is None and rate == 0.0:
+        return self._finish(plan.apply(self.value, self.precision))
+      plan = plan.dense()
+    if self.is_product is not None:
+      plan = jnp.where(self.is_product, plan, jnp.nan)
+    if module is not None:
+      kind = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
+      module.sow(kind, "attention_weights", plan)
+    if rate > 0.0:
+      if rng is None:
+        raise ValueError("dropout_rng=None: expected a PRNG key, for dropout is active")
+      shape = plan.shape[-2:] if broadcast else plan.shape
+      keep = jax.random.bernoulli(rng, 1.0 - rate, shape)
+      plan = jnp.where(keep, plan / (1.0 - rate), 0.0)
+    out = jnp.einsum(
+      "...nm,...mv->...nv",
+      plan.astype(self.value.dtype),
+      self.value,
+      precision=self.precision,
+    )
+    return self._finish(out)
+
+  def _finish(self, out: Array) -> Array:
+    if self.is_product is not None:
+      out = jnp.where(self.is_product, out, jnp.nan)
+    return jnp.moveaxis(out, -3, -2)
 
 
 def prepare(
@@ -62,7 +154,7 @@ def prepare(
   scale: float | None = None,
   epsilon: float = 1.0,
 ) -> Inputs:
-  """Checks and lays out the arguments of an attention function.
+  """Inputs with heads in front, queries scaled and keys repeated for their groups.
 
   Raises:
     ValueError: if shapes do not fit or `epsilon` is not positive.
@@ -82,12 +174,19 @@ def prepare(
   # Low-precision inputs lose nothing, low-precision logits lose 4% of a marginal.
   wide = jnp.promote_types(dtype, jnp.float32)
   scale = (dim**-0.5 if scale is None else scale) / epsilon
-  scaled, key = query.astype(wide) * scale, key.astype(wide)
-  return Inputs(scaled, key, value, bias, precision, query, scale)
+  return Inputs(
+    query=query.astype(wide) * scale,
+    key=key.astype(wide),
+    bias=bias,
+    value=value,
+    unscaled=query,
+    scale=scale,
+    precision=precision,
+  )
 
 
 def restrict(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
-  """`inputs` with the valid queries and keys of a doubly stochastic plan.
+  """Inputs with the valid queries and keys of a doubly stochastic plan.
 
   Raises:
     ValueError: for causal use, one-token decoding, or a mask that is not the outer
@@ -108,88 +207,38 @@ def restrict(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
   if mask is None:
     return inputs
   query_mask, key_mask, is_product = _split_mask(mask, n, m)
-  # Padding may hold anything, NaN included: none of it may reach a gradient.
-  return inputs._replace(
-    query=zero_invalid(inputs.query, query_mask, axis=-2),
-    unscaled=zero_invalid(inputs.unscaled, query_mask, axis=-2),
-    key=zero_invalid(inputs.key, key_mask, axis=-2),
-    value=zero_invalid(inputs.value, key_mask, axis=-2),
-    query_mask=query_mask,
-    key_mask=key_mask,
-    is_product=is_product,
+  inputs = _zero_absent(inputs, query_mask, key_mask)
+  return dataclasses.replace(
+    inputs, query_mask=query_mask, key_mask=key_mask, is_product=is_product
   )
 
 
-def attend(
-  inputs: Inputs,
-  weights: Float[Array, "*batch heads n m"],
-  *,
-  dropout_rng: jax.Array | None,
-  dropout_rate: float,
-  broadcast_dropout: bool,
-  module: Any,
-) -> Float[Array, "*batch n heads features"]:
-  """Applies attention weights to the values, with dropout, sowing and mask check."""
-  if inputs.is_product is not None:
-    weights = jnp.where(inputs.is_product, weights, jnp.nan)
-  if module is not None:
-    kind = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
-    module.sow(kind, "attention_weights", weights)
-  if dropout_rate > 0.0:
-    if dropout_rng is None:
-      raise ValueError("dropout_rng=None: expected a PRNG key, for dropout is active")
-    shape = weights.shape
-    if broadcast_dropout:
-      shape = (1,) * (len(shape) - 2) + shape[-2:]
-    keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
-    weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
-  out = jnp.einsum(
-    "...nm,...mv->...nv",
-    weights.astype(inputs.value.dtype),
-    inputs.value,
-    precision=inputs.precision,
-  )
-  return jnp.moveaxis(out, -3, -2)
+def exclude(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
+  """Inputs with the pairs that may attend, for functions that take any mask."""
+  n, m = inputs.query.shape[-2], inputs.key.shape[-2]
+  allowed = None if mask is None else mask != 0
+  if is_causal:
+    causal = jnp.tril(jnp.ones((n, m), bool))
+    allowed = causal if allowed is None else allowed & causal
+  if allowed is None:
+    return inputs
+  allowed = jnp.broadcast_to(allowed, (*allowed.shape[:-2], n, m))
+  inputs = _zero_absent(inputs, allowed.any(-1), allowed.any(-2))
+  return dataclasses.replace(inputs, allowed=allowed)
 
 
-def attend_scaled(
-  inputs: Inputs,
-  f: Float[Array, "*batch heads n"] | Callable[..., Array],
-  count: int,
-  relaxation: Float[Array, "..."] | None,
-  implementation: Implementation | None = None,
-) -> Float[Array, "*batch n heads features"]:
-  """Applies the plan of `count` closures from f to the values, with mask check.
+def _zero_absent(inputs: Inputs, queries: Array, keys: Array) -> Inputs:
+  """Inputs with zeros at tokens that take no part.
 
-  What is given for f may predict it, as in `scaled_attention`.
-
-  Raises:
-    ValueError: if the named implementation cannot serve (`implementations.choose`).
+  Padding may hold anything, NaN included: none of it may reach a gradient.
   """
-  # The keys came in this dtype: nothing is rounded.
-  narrow = inputs.unscaled, inputs.key.astype(inputs.unscaled.dtype), inputs.value
-  options: dict[str, Any] = {
-    "relaxation": relaxation,
-    "query_weights": inputs.query_mask,
-    "key_weights": inputs.key_mask,
-    "bias": inputs.bias,
-    "precision": inputs.precision,
-  }
-  chosen = choose(implementation, *narrow, bias=inputs.bias, scale=inputs.scale)
-  if callable(f) and chosen != "xla":
-    f = f(inputs.query, inputs.key, inputs.query_mask, inputs.key_mask)
-  functions: dict[Implementation, Callable[..., Array]] = {
-    "xla": scaled_attention,
-    "chunked": chunked_attention,
-    "cudnn": cudnn_attention,
-  }
-  tokens = inputs.query, inputs.key, inputs.value
-  if chosen == "cudnn":
-    tokens, options["scale"] = narrow, inputs.scale
-  out = functions[chosen](*tokens, f, count, **options)
-  if inputs.is_product is not None:
-    out = jnp.where(inputs.is_product, out, jnp.nan)
-  return jnp.moveaxis(out, -3, -2)
+  return dataclasses.replace(
+    inputs,
+    query=zero_invalid(inputs.query, queries, axis=-2),
+    unscaled=zero_invalid(inputs.unscaled, queries, axis=-2),
+    key=zero_invalid(inputs.key, keys, axis=-2),
+    value=zero_invalid(inputs.value, keys, axis=-2),
+  )
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:

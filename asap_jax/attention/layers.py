@@ -28,6 +28,11 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
 
   Raises:
     ValueError: if `decode` is true or `iterations` is below one.
+
+  Example:
+    >>> layer = SinkhornMultiHeadAttention(2, 8, iterations=3, rngs=nnx.Rngs(0))
+    >>> layer(jax.numpy.ones((1, 6, 8))).shape
+    (1, 6, 8)
   """
 
   def __init__(
@@ -60,7 +65,14 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
 
 
 class DualParam(nnx.Param):
-  """A parameter of a dual map: an `nnx.Param` that a filter can tell from the rest."""
+  """A parameter of a dual map: an `nnx.Param` that a filter can tell from the rest.
+
+  Example:
+    >>> layer = AsapAttention(DualMap(jax.numpy.ones((1, 1, 2)), jax.numpy.ones((1, 2)),
+    ...   features=("query",)))
+    >>> sorted(nnx.state(layer, DualParam)["parameters"])
+    ['directions', 'weights']
+  """
 
 
 class AsapAttention(nnx.Module):
@@ -75,6 +87,13 @@ class AsapAttention(nnx.Module):
       `epsilon`; hashable values.
     implementation: see `asap_attention`; the best where it runs by default. It is no
       part of a saved model, which may be restored on another device.
+
+  Example:
+    >>> dual_map = DualMap(
+    ...   jax.numpy.ones((4, 1, 8)), jax.numpy.zeros((4, 8)), features=("query",))
+    >>> tokens = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+    >>> AsapAttention(dual_map)(tokens, tokens, tokens).shape
+    (2, 6, 4, 8)
   """
 
   def __init__(
@@ -84,17 +103,17 @@ class AsapAttention(nnx.Module):
     implementation: Implementation | None = None,
   ):
     self.parameters = nnx.Dict(
-      {name: DualParam(leaf) for name, leaf in _named_leaves(dual_map)}
+      {name: DualParam(leaf) for name, leaf in dual_map.to_named().items()}
     )
-    self.structure = jax.tree.structure(dual_map)
+    self.features = dual_map.features
     self.options = tuple(sorted((options or {}).items()))
     self.implementation = implementation
 
   @property
   def dual_map(self) -> DualMap:
     """The parameters as they stand."""
-    leaves = [self.parameters[name][...] for name in _names(self.structure)]
-    return jax.tree.unflatten(self.structure, leaves)
+    leaves = {name: leaf[...] for name, leaf in self.parameters.items()}
+    return DualMap.from_named(leaves, self.features)
 
   def __call__(
     self,
@@ -107,15 +126,3 @@ class AsapAttention(nnx.Module):
     """`asap_attention` with this dual map; see there for arguments and errors."""
     options = {"implementation": self.implementation, **dict(self.options), **kwargs}
     return asap_attention(query, key, value, *args, dual_map=self.dual_map, **options)
-
-
-def _named_leaves(dual_map: DualMap) -> list[tuple[str, Any]]:
-  return [
-    ("_".join(str(key.name) for key in path), leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dual_map)
-  ]
-
-
-def _names(structure: jax.tree_util.PyTreeDef) -> list[str]:
-  counted = jax.tree.unflatten(structure, range(structure.num_leaves))
-  return [name for name, _ in _named_leaves(counted)]

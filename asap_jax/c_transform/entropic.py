@@ -1,9 +1,10 @@
-"""Entropic c-transforms, the two-sided closure, and the plan.
+r"""Entropic c-transforms, the two-sided closure, and the plan.
 
-Attention weights are A_ij = exp(S_ij + f_i + g_j) with logits S and duals f, g in the
-units of the logits. Valid rows of A sum to one and its columns to n_valid / m_valid;
-in terms of the usual transport plan P, which sums to one, A = n_valid P. With float
-weights a and b, rows sum to n_valid a_i and columns to n_valid b_j.
+Attention weights are $A_{ij} = \exp(S_{ij} + f_i + g_j)$ with logits S and duals f, g
+in the units of the logits. Valid rows of A sum to one and its columns to
+n_valid / m_valid; in terms of the usual transport plan P, which sums to one,
+A = n_valid P. With float weights a and b, rows sum to n_valid a_i and columns to
+n_valid b_j.
 """
 
 from typing import Literal, NamedTuple
@@ -13,24 +14,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.masses import (
-  Weights,
+  Masses,
   check_weights,
-  masses,
+  normalised,
   valid,
   valid_pairs,
   zero_invalid,
 )
+from asap_jax.numerics import float_dtype
 
-# Stands for log 0: finite, so that gradients of masked entries are zero and not NaN.
-_LOG_ZERO = -1e30
+# Log 0 everywhere in this package: finite, so that gradients of masked entries are zero
+# and not NaN.
+LOG_ZERO = -1e30
 
 
 class Duals(NamedTuple):
   """Dual variables of entropic transport, in units of logits; zero on absent points.
 
   Attributes:
-    f: query side, `[..., n]`, defined up to a constant that g takes back.
+    f: query side, `[..., n]`; (f + c, g - c) is the same plan for any constant c.
     g: key side, `[..., m]`.
+
+  Example:
+    >>> duals = closure(jnp.zeros((3, 2)), jnp.zeros(3))
+    >>> duals.f.shape, duals.g.shape
+    ((3,), (2,))
   """
 
   f: Float[Array, "... n"]
@@ -40,17 +48,18 @@ class Duals(NamedTuple):
 def c_transform(
   logits: Float[Array, "*batch n m"],
   dual: Float[Array, "..."],
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   *,
   to: Literal["query", "key"],
 ) -> Float[Array, "..."]:
-  """The entropic c-transform of one side's dual: the dual of the other side.
+  r"""The entropic c-transform of one side's dual: the dual of the other side.
 
-  To the key side, g_j = log c_j - log sum_i exp(S_ij + f_i); to the query side,
-  f_i = log r_i - log sum_j exp(S_ij + g_j), where r and c are the row and column sums
-  of the plan (module docstring). Half a Sinkhorn iteration (Peyré and Cuturi, 2019,
-  "Computational Optimal Transport", equation 4.43).
+  $$g_j = \log c_j - \log \sum_i \exp(S_{ij} + f_i), \qquad
+  f_i = \log r_i - \log \sum_j \exp(S_{ij} + g_j),$$
+
+  with r and c the row and column sums of the plan (module docstring). Half a Sinkhorn
+  iteration (Peyré and Cuturi, 2019, "Computational Optimal Transport", equation 4.43).
 
   Works under jit, vmap and grad.
 
@@ -58,7 +67,7 @@ def c_transform(
     logits: S, `[..., n, m]`.
     dual: f `[..., n]` if `to` is `"key"`, g `[..., m]` if it is `"query"`.
     query_weights: `None`, mask or masses `[..., n]`.
-    key_weights: likewise, `[..., m]`.
+    key_weights: the same of the keys, `[..., m]`.
     to: the side whose dual is computed.
 
   Returns:
@@ -69,7 +78,7 @@ def c_transform(
   """
   check_logits(logits, query_weights, key_weights)
   n, m = logits.shape[-2:]
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = logits.astype(float_dtype(logits))
   if to == "key":
     summed, target = -2, key_weights
     marginal = column_sums(query_weights, key_weights, n, m)
@@ -82,7 +91,7 @@ def c_transform(
     raise ValueError(f"to={to!r}: expected 'query' or 'key'")
   pairs = valid_pairs(query_weights, key_weights)
   if pairs is not None:
-    scores = jnp.where(pairs, scores, _LOG_ZERO)
+    scores = jnp.where(pairs, scores, LOG_ZERO)
   log_marginal = jnp.log(jnp.where(marginal > 0, marginal, 1.0))
   return zero_invalid(log_marginal - jax.nn.logsumexp(scores, axis=summed), target)
 
@@ -90,8 +99,8 @@ def c_transform(
 def closure(
   logits: Float[Array, "*batch n m"],
   f: Float[Array, "..."],
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
 ) -> Duals:
   """The two-sided closure: g from f, then f anew from g.
 
@@ -102,13 +111,18 @@ def closure(
     logits: S, `[..., n, m]`.
     f: query-side dual to start at, `[..., n]`.
     query_weights: `None`, mask or masses `[..., n]`.
-    key_weights: likewise, `[..., m]`.
+    key_weights: the same of the keys, `[..., m]`.
 
   Returns:
     `Duals` of the closed plan.
 
   Raises:
     ValueError: as in `c_transform`.
+
+  Example:
+    >>> logits = jnp.array([[2.0, 0.0], [1.0, 1.0]])
+    >>> plan(logits, closure(logits, jnp.zeros(2))).sum(-1).round(4).tolist()
+    [1.0, 1.0]
   """
   g = c_transform(logits, f, query_weights, key_weights, to="key")
   return Duals(c_transform(logits, g, query_weights, key_weights, to="query"), g)
@@ -118,25 +132,25 @@ def closures(
   logits: Float[Array, "*batch n m"],
   f: Float[Array, "..."],
   count: int,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   *,
   relaxation: Float[Array, "..."] | None = None,
 ) -> Duals:
-  """`count` closures in a row: as many Sinkhorn iterations started at f.
+  r"""`count` closures in a row: as many Sinkhorn iterations started at f.
 
-  With over-relaxation (Thibault et al., 2021, arXiv 1711.01851), the closure after the
-  t-th starts at f_t + omega_t (f - f_t), where f_t is what the t-th started at and f
-  what it gave. The last closure is plain, so rows of the plan are exact.
+  With over-relaxation (Thibault et al., 2021, arXiv 1711.01851), a closure that took
+  $f_t$ to $F(f_t)$ is followed by one that starts at $f_t + \omega_t (F(f_t) - f_t)$.
+  The last closure is plain, so rows of the plan are exact.
 
   Works under jit, vmap and grad, in `relaxation` too.
 
   Args:
-    logits: see `c_transform`, as all arguments not listed here.
+    logits: S, `[..., n, m]`.
     f: query-side dual to start at, `[..., n]`.
     count: closures, at least one.
-    query_weights: likewise.
-    key_weights: likewise.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: the same of the keys, `[..., m]`.
     relaxation: omega, `[..., count - 1]`, broadcast against the batch axes of the
       logits; all ones by default.
 
@@ -146,6 +160,11 @@ def closures(
   Raises:
     ValueError: if `count` is below one or `relaxation` does not have `count - 1`
       columns; else as in `c_transform`.
+
+  Example:
+    >>> logits = jnp.array([[2.0, 0.0], [1.0, 1.0]])
+    >>> plan(logits, closures(logits, jnp.zeros(2), 20)).sum(-2).round(4).tolist()
+    [1.0, 1.0]
   """
   check_closures(count, relaxation)
 
@@ -154,7 +173,7 @@ def closures(
     return closed if omega is None else f + omega[..., None] * (closed - f), None
 
   if count > 1:
-    dtype = jnp.promote_types(jnp.promote_types(logits.dtype, f.dtype), jnp.float32)
+    dtype = float_dtype(logits, f)
     f = zero_invalid(f.astype(dtype), query_weights)
     f = jnp.broadcast_to(f, logits.shape[:-1])
     omega = (
@@ -178,10 +197,10 @@ def check_closures(count: int, relaxation: Float[Array, "..."] | None) -> None:
 def plan(
   logits: Float[Array, "*batch n m"],
   duals: Duals,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
 ) -> Float[Array, "*batch n m"]:
-  """Attention weights exp(S + f + g), exactly zero wherever a point is absent.
+  """Attention weights exp(S + f + g), exactly zero where a point is absent.
 
   Works under jit, vmap and grad.
 
@@ -189,38 +208,43 @@ def plan(
     logits: S, `[..., n, m]`.
     duals: f `[..., n]` and g `[..., m]`.
     query_weights: `None`, mask or masses `[..., n]`.
-    key_weights: likewise, `[..., m]`.
+    key_weights: the same of the keys, `[..., m]`.
 
   Returns:
     `[..., n, m]`, float32 or better.
 
   Raises:
     ValueError: if weights do not fit the logits.
+
+  Example:
+    >>> duals = closure(jnp.zeros((2, 4)), jnp.zeros(2))
+    >>> plan(jnp.zeros((2, 4)), duals).tolist()
+    [[0.25, 0.25, 0.25, 0.25], [0.25, 0.25, 0.25, 0.25]]
   """
   check_logits(logits, query_weights, key_weights)
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = logits.astype(float_dtype(logits))
   scores = logits + duals.f[..., :, None] + duals.g[..., None, :]
   pairs = valid_pairs(query_weights, key_weights)
-  return jnp.exp(scores if pairs is None else jnp.where(pairs, scores, _LOG_ZERO))
+  return jnp.exp(scores if pairs is None else jnp.where(pairs, scores, LOG_ZERO))
 
 
 def apply_plan(
   logits: Float[Array, "*batch n m"],
   duals: Duals,
   value: Float[Array, "*#batch m features"],
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
 ) -> Float[Array, "*batch n features"]:
   """The plan applied to values.
 
   Works under jit, vmap and grad.
 
   Args:
-    logits: see `plan`, as all arguments not listed here.
-    duals: likewise.
+    logits: S, `[..., n, m]`.
+    duals: f `[..., n]` and g `[..., m]`.
     value: `[..., m, features]`; those of absent keys may hold anything.
-    query_weights: likewise.
-    key_weights: likewise.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: the same of the keys, `[..., m]`.
 
   Returns:
     `[..., n, features]` in the dtype of the values.
@@ -233,27 +257,27 @@ def apply_plan(
   return jnp.einsum("...nm,...mv->...nv", weights.astype(value.dtype), value)
 
 
-def check_logits(logits: Array, query_weights: Weights, key_weights: Weights) -> None:
+def check_logits(logits: Array, query_weights: Masses, key_weights: Masses) -> None:
   """Raises ValueError unless the weights fit logits `[..., n, m]`."""
   check_weights("query_weights", query_weights, logits.shape[-2])
   check_weights("key_weights", key_weights, logits.shape[-1])
 
 
-def row_sums(query_weights: Weights, n: int) -> Float[Array, "... n"]:
+def row_sums(query_weights: Masses, n: int) -> Float[Array, "... n"]:
   """Row sums r of the plan, `[..., n]`: n_valid times the masses of the queries."""
   if query_weights is None:
     return jnp.ones((n,), jnp.float32)
   if query_weights.dtype == jnp.bool_:
     return query_weights.astype(jnp.float32)
   count = (query_weights > 0).sum(-1, keepdims=True)
-  return masses(query_weights, n) * count
+  return normalised(query_weights, n) * count
 
 
 def column_sums(
-  query_weights: Weights, key_weights: Weights, n: int, m: int
+  query_weights: Masses, key_weights: Masses, n: int, m: int
 ) -> Float[Array, "... m"]:
   """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
   mask = valid(query_weights)
   if mask is None:
-    return masses(key_weights, m) * float(n)
-  return masses(key_weights, m) * mask.sum(-1, keepdims=True).astype(jnp.float32)
+    return normalised(key_weights, m) * float(n)
+  return normalised(key_weights, m) * mask.sum(-1, keepdims=True).astype(jnp.float32)

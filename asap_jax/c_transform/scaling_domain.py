@@ -1,13 +1,16 @@
-"""Closures with one exponential: Sinkhorn in the scaling domain, kept in range.
+r"""Closures with one exponential: Sinkhorn in the scaling domain, kept in range.
 
-The plan is u_i E_ij v_j with a kernel E = exp(S + F_i + G_j), so that a closure is two
-matrix-vector products, v = c / (E^T u) and u = r / (E v), instead of two passes of
-exponentials. F and G are what has been absorbed into the kernel (Schmitzer, 2019,
-"Stabilized sparse scaling algorithms for entropy regularized transport problems"): the
-start f and, for G, minus the maxima of its columns, which makes the first column sums
+The plan is $u_i E_{ij} v_j$ with a kernel $E = \exp(S + F + G)$, so that a closure is
+two matrix-vector products, $v = c / (E^T u)$ and $u = r / (E v)$, instead of two passes
+of exponentials. F and G are absorbed into the kernel (Schmitzer, 2019, "Stabilized
+sparse scaling algorithms for entropy regularized transport problems"): F is the start
+f, and G is minus the maxima of the kernel's columns, which makes the first column sums
 exact whatever the logits. Where later sums leave the range in which float32 loses
-nothing, the half-iteration is done anew with the current dual absorbed, at the price of
+nothing, the half-iteration is repeated with the current dual absorbed, at the price of
 one more exponential.
+
+Differentiation never sees this form: its derivatives of every order are those of the
+log domain (`asap_jax.c_transform.closures`), which is the same plan.
 """
 
 import functools
@@ -16,16 +19,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from asap_jax.c_transform.entropic import (
+  LOG_ZERO,
   Duals,
   check_closures,
   check_logits,
+  closures,
   column_sums,
+  plan,
   row_sums,
 )
-from asap_jax.masses import Weights, valid_pairs, zero_invalid
+from asap_jax.masses import Masses, valid_pairs, zero_invalid
+from asap_jax.numerics import exact_einsum, float_dtype
 
 # Entries of the kernel below the smallest normal number are lost; together they may be
 # this share of a sum.
@@ -33,17 +40,15 @@ _LOST = 1e-7
 # Bounds scalings from above; their products with sums stay below the largest float32.
 _LARGEST = 1e30
 _LOG_LARGEST = 69.08
-# Stands for log 0, as in `c_transform`.
-_LOG_ZERO = -1e30
 
 
 class ScaledPlan(NamedTuple):
   """Attention weights A = u E v in factors, zero on absent points.
 
   Attributes:
-    kernel: E, `[..., n, m]`.
-    rows: u, `[..., n]`.
-    columns: v, `[..., m]`.
+    kernel: E, `[..., n, m]`; under differentiation the weights themselves.
+    rows: u, `[..., n]`; under differentiation one.
+    columns: v, `[..., m]`; under differentiation one.
     duals: f and g of the plan, in units of logits.
   """
 
@@ -53,13 +58,13 @@ class ScaledPlan(NamedTuple):
   duals: Duals
 
   def dense(self) -> Float[Array, "*batch n m"]:
-    """The attention weights, as those of `asap_jax.c_transform.plan`."""
+    """Attention weights, as those of `asap_jax.plan`."""
     return self.rows[..., :, None] * self.kernel * self.columns[..., None, :]
 
   def apply(
     self,
     value: Float[Array, "*#batch m features"],
-    key_weights: Weights = None,
+    key_weights: Masses = None,
     *,
     precision: jax.lax.PrecisionLike = None,
   ) -> Float[Array, "*batch n features"]:
@@ -82,7 +87,7 @@ class ScaledPlan(NamedTuple):
       self.kernel.astype(dtype),
       scaled,
       precision=precision,
-      preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+      preferred_element_type=float_dtype(scaled),
     )
     return (self.rows[..., None] * out).astype(value.dtype)
 
@@ -91,70 +96,101 @@ def scaled_plan(
   logits: Float[Array, "*batch n m"],
   f: Float[Array, "..."],
   count: int,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   *,
   relaxation: Float[Array, "..."] | None = None,
-  again: Callable[[Array], Array] | None = None,
 ) -> ScaledPlan:
-  """The plan of `asap_jax.c_transform.closures`, with as few exponentials as is safe.
+  """The plan of `asap_jax.closures`, with as few exponentials as is safe.
 
   From f = 0 it is Sinkhorn cut to `count` iterations. Rows are exact. Works under jit,
-  vmap and grad, whatever the logits. Derivatives are right to first order; for second
-  ones of several closures take `closures`, for JAX drops custom rules inside a scan
-  there.
+  vmap and grad, whatever the logits.
 
   Args:
-    logits: see `asap_jax.c_transform.closures`, as all arguments.
-    f: likewise.
-    count: likewise.
-    query_weights: likewise.
-    key_weights: likewise.
-    relaxation: likewise.
-    again: forms the logits anew where a half-iteration has to be done so, in order
-      that the kernel can take their place in memory; given an array to wait for, lest
-      XLA form them ahead.
+    logits: S, `[..., n, m]`.
+    f: query-side dual to start at, `[..., n]`.
+    count: closures, at least one.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: the same of the keys, `[..., m]`.
+    relaxation: see `asap_jax.closures`.
 
   Returns:
     `ScaledPlan`, with the duals of the plan.
 
   Raises:
-    ValueError: as in `closures`.
+    ValueError: as in `asap_jax.closures`.
   """
   check_closures(count, relaxation)
   check_logits(logits, query_weights, key_weights)
+  return _scaled_plan(count, logits, f, query_weights, key_weights, relaxation)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scaled_plan(count, logits, f, query_weights, key_weights, relaxation):
+  return iterate(count, logits, f, query_weights, key_weights, relaxation)
+
+
+@_scaled_plan.defjvp
+def _scaled_plan_jvp(count, primals, tangents):
+  def in_log_domain(logits, f, query_weights, key_weights, relaxation):
+    weights = query_weights, key_weights
+    duals = closures(logits, f, count, *weights, relaxation=relaxation)
+    dense = plan(logits, duals, *weights)
+    return ScaledPlan(dense, jnp.ones_like(duals.f), jnp.ones_like(duals.g), duals)
+
+  return jax.jvp(in_log_domain, primals, tangents)
+
+
+def iterate(
+  count: int,
+  logits: Array,
+  f: Array,
+  query_weights: Masses,
+  key_weights: Masses,
+  relaxation: Array | None,
+  again: Callable[[Array], Array] | None = None,
+) -> ScaledPlan:
+  """`scaled_plan` of checked arguments, without its derivatives.
+
+  Args:
+    count: see `scaled_plan`, as the next five.
+    logits: see there.
+    f: see there.
+    query_weights: see there.
+    key_weights: see there.
+    relaxation: see there.
+    again: recomputes the logits where a half-iteration has to be repeated, instead of
+      storing them; its argument is a data dependency that delays it.
+  """
   n, m = logits.shape[-2:]
-  dtype = jnp.promote_types(jnp.promote_types(logits.dtype, f.dtype), jnp.float32)
+  dtype = float_dtype(logits, f)
   logits = logits.astype(dtype)
-  if again is None:
-    again = lambda _: logits  # noqa: E731
   f = jnp.broadcast_to(zero_invalid(f.astype(dtype), query_weights), logits.shape[:-1])
-  marginals = (
-    row_sums(query_weights, n).astype(dtype),
-    column_sums(query_weights, key_weights, n, m).astype(dtype),
-  )
+  rows = row_sums(query_weights, n).astype(dtype)
+  columns = column_sums(query_weights, key_weights, n, m).astype(dtype)
+  logits_of = (lambda _: logits) if again is None else again
   pairs = valid_pairs(query_weights, key_weights)
-  logits_ = logits, again, pairs
-  to_keys = _Half(*logits_, query_weights, key_weights, marginals[1], axis=-2)
-  to_queries = _Half(*logits_, key_weights, query_weights, marginals[0], axis=-1)
+  half = functools.partial(_half, logits_of, pairs)
 
   def step(carry, omega):
     kernel, queries, keys, start = carry
     dual = queries.dual
     if omega is not None:
       dual = start + omega[..., None] * (dual - start)
-      # Too large a scaling is not used, but must not overflow for the gradient's sake.
+      # Too large a scaling is absorbed, and must only not overflow before.
       exponent = jnp.minimum(dual - queries.absorbed, _LOG_LARGEST + 1.0)
-      scaling = zero_invalid(jnp.exp(exponent), query_weights)
-      queries = _Side(scaling, dual, queries.absorbed)
-    kernel, queries, keys = to_keys(kernel, queries, keys.absorbed)
-    kernel, keys, queries = to_queries(kernel, keys, queries.absorbed)
+      queries = queries._replace(
+        scaling=jnp.where(rows > 0, jnp.exp(exponent), 0.0), dual=dual
+      )
+    kernel, queries, keys = half(kernel, queries, keys, axis=-2)
+    kernel, keys, queries = half(kernel, keys, queries, axis=-1)
     return (kernel, queries, keys, dual), None
 
-  kernel, queries, keys = to_keys.start(f)
-  # The next closure needs what is absorbed at the keys: nothing to be gained then.
-  dual_of = functools.partial(to_keys.dual_of, f, keys.scaling) if count == 1 else None
-  kernel, keys, queries = to_queries(kernel, keys, queries.absorbed, dual_of)
+  kernel, sums, absorbed = _absorb(logits, f, pairs, -2)
+  one = jnp.broadcast_to((rows > 0).astype(dtype), f.shape)
+  queries = _Side(one, f, f, rows)
+  keys = _fitted(sums, absorbed, columns)
+  kernel, keys, queries = half(kernel, keys, queries, axis=-1)
   carry = kernel, queries, keys, f
   if count > 1:
     if relaxation is not None:
@@ -167,145 +203,70 @@ def scaled_plan(
 
 
 class _Side(NamedTuple):
-  """One side's scaling; its dual is what is absorbed plus the scaling's logarithm."""
+  """Of one side: scaling, dual, the part of the dual in the kernel, and marginal."""
 
   scaling: Array
   dual: Array
-  absorbed: Array  # a constant to differentiation
-
-
-class _Half(NamedTuple):
-  """Half a closure: from the scaling of the side summed over to that of the other."""
-
-  logits: Array
-  again: Callable[[Array], Array]  # the logits once more
-  pairs: Bool[Array, "..."] | None
-  weights: Weights  # of the side summed over
-  target_weights: Weights
+  absorbed: Array
   marginal: Array
-  axis: int  # summed over
 
-  def __call__(
-    self,
-    kernel: Array,
-    side: _Side,
-    opposite: Array,
-    dual_of: Callable[[Array], Array] | None = None,
-  ) -> tuple[Array, _Side, _Side]:
-    """The kernel, the side it came from, and the other; `opposite` is absorbed there.
 
-    Differentiation sees none of the absorbing, which changes no value. `dual_of` gives
-    the side's dual, from the logits, without what only absorbing would need of it.
-    """
-    kernel, scaling, dual, absorbed, opposite = jax.lax.stop_gradient(
-      (kernel, *side, opposite)
-    )
-    sums = _contract(kernel, scaling, self.axis)
-    kept = self._in_range(sums, scaling)
+def _half(logits_of, pairs, kernel, here, there, *, axis):
+  """Half a closure: fits the scaling of `there` to sums over `axis`, those of `here`.
 
-    def absorb(carry):
-      logits = jax.lax.stop_gradient(self.again(carry[-1])).astype(kernel.dtype)
-      absorbed = dual if dual_of is None else dual_of(logits)
-      return *self._absorb(logits, absorbed), absorbed, jnp.ones((), bool)
+  Returns the kernel and both sides; the kernel and `here` change where the sums leave
+  their range.
+  """
+  sums = _contract(kernel, here.scaling, axis)
 
-    # A loop of no or one turn copies no kernel, as a branch would; and under vmap a
-    # branch would always be taken.
-    kernel, sums, opposite, absorbed, _ = jax.lax.while_loop(
-      lambda carry: ~carry[-1], absorb, (kernel, sums, opposite, absorbed, kept)
-    )
-    anew = zero_invalid(_one(side.dual), self.weights)
-    side = _Side(jnp.where(kept, side.scaling, anew), side.dual, absorbed)
-    return self._finish(kernel, sums, side, opposite)
+  def absorb(carry):
+    # All of the dual goes into the kernel, so that the scaling is one.
+    kernel, sums, absorbed = _absorb(logits_of(carry[1]), here.dual, pairs, axis)
+    one = jnp.where(here.marginal > 0, jnp.ones_like(here.dual), 0.0)
+    return kernel, sums, one, here.dual, absorbed, jnp.ones((), bool)
 
-  def start(self, dual: Array) -> tuple[Array, _Side, _Side]:
-    """The same with `dual` absorbed at once: the sums lie between one and the size."""
-    kernel, sums, opposite = self._absorb(self.logits, jax.lax.stop_gradient(dual))
-    one = zero_invalid(_one(dual), self.weights)
-    side = _Side(one, dual, jax.lax.stop_gradient(dual))
-    return self._finish(kernel, sums, side, opposite)
+  # A loop of no or one turn copies no kernel, as a branch would; and under vmap a
+  # branch would always be taken.
+  kept = _in_range(sums, here.scaling, there.marginal, kernel.shape[axis])
+  kernel, sums, scaling, own, opposite, _ = jax.lax.while_loop(
+    lambda carry: ~carry[-1],
+    absorb,
+    (kernel, sums, here.scaling, here.absorbed, there.absorbed, kept),
+  )
+  here = here._replace(scaling=scaling, absorbed=own)
+  return kernel, here, _fitted(sums, opposite, there.marginal)
 
-  def _absorb(self, logits: Array, dual: Array) -> tuple[Array, Array, Array]:
-    """Kernel, its sums and what the other side absorbed: minus the largest scores."""
-    logits = jax.lax.stop_gradient(logits)
-    scores = logits + jnp.expand_dims(dual, -3 - self.axis)
-    if self.pairs is not None:
-      scores = jnp.where(self.pairs, scores, _LOG_ZERO)
-    largest = scores.max(self.axis, keepdims=True)
-    if self.pairs is not None:
-      largest = jnp.where(largest > _LOG_ZERO / 2, largest, 0.0)
-    kernel = jnp.exp(scores - largest)
-    return kernel, kernel.sum(self.axis), -largest.squeeze(self.axis)
 
-  def _in_range(self, sums: Array, scaling: Array) -> Array:
-    # What is lost is below the smallest number, or below its product with a scaling.
-    lost = jnp.finfo(sums.dtype).tiny * self.logits.shape[self.axis]
-    largest = scaling.max(-1, keepdims=True)
-    least = lost / _LOST * jnp.maximum(largest, 1.0)
-    inside = (sums >= least) & (largest <= _LARGEST)
-    return (inside | (self.marginal == 0)).all()
+def _fitted(sums: Array, absorbed: Array, marginal: Array) -> _Side:
+  """A side whose scaling gives the plan its marginal there."""
+  scaling = marginal / jnp.where(sums == 0, 1.0, sums)
+  dual = absorbed + jnp.log(jnp.where(scaling == 0, 1.0, scaling))
+  return _Side(scaling, jnp.where(marginal > 0, dual, 0.0), absorbed, marginal)
 
-  def _finish(
-    self, kernel: Array, sums: Array, side: _Side, opposite: Array
-  ) -> tuple[Array, _Side, _Side]:
-    kernel, sums = _differentiable(self.logits, side.scaling, kernel, sums, self.axis)
-    scaling = _ratio(self.marginal, jnp.where(sums == 0, 1.0, sums))
-    return kernel, side, _Side(scaling, self._dual(scaling, opposite), opposite)
 
-  def dual_of(self, start: Array, scaling: Array, logits: Array) -> Array:
-    """The other side's dual after `start`, given its scaling.
+def _absorb(logits, dual, pairs, axis):
+  """Kernel, its sums and what the other side absorbs: minus the largest scores."""
+  scores = logits + jnp.expand_dims(dual, -3 - axis)
+  if pairs is not None:
+    scores = jnp.where(pairs, scores, LOG_ZERO)
+  largest = scores.max(axis, keepdims=True)
+  if pairs is not None:
+    largest = jnp.where(largest > LOG_ZERO / 2, largest, 0.0)
+  kernel = jnp.exp(scores - largest)
+  return kernel, kernel.sum(axis), -largest.squeeze(axis)
 
-    The largest scores are looked for anew: where the first search for them has one use
-    only, XLA fuses it with the exponential on a CPU.
-    """
-    start, scaling = jax.lax.stop_gradient((start, scaling))
-    return self._dual(scaling, self._absorb(logits, start)[2])
 
-  def _dual(self, scaling: Array, absorbed: Array) -> Array:
-    present = jnp.where(scaling == 0, 1.0, scaling)
-    return zero_invalid(absorbed + jnp.log(present), self.target_weights)
+def _in_range(sums: Array, scaling: Array, marginal: Array, size: int) -> Array:
+  """Whether no sum over `size` points has lost anything that counts."""
+  # What is lost is below the smallest number, or below its product with a scaling.
+  lost = jnp.finfo(sums.dtype).tiny * size
+  largest = scaling.max(-1, keepdims=True)
+  least = lost / _LOST * jnp.maximum(largest, 1.0)
+  inside = (sums >= least) & (largest <= _LARGEST)
+  return (inside | (marginal == 0)).all()
 
 
 def _contract(kernel: Array, scaling: Array, axis: int) -> Array:
   """Sums of the kernel times `scaling` along `axis`."""
   spec = "...nm,...n->...m" if axis == -2 else "...nm,...m->...n"
-  return jnp.einsum(spec, kernel, scaling, precision=jax.lax.Precision.HIGHEST)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _differentiable(
-  logits: Array, scaling: Array, kernel: Array, sums: Array, axis: int
-) -> tuple[Array, Array]:
-  """Kernel and sums, whose derivative follows from what they are, not how computed."""
-  return kernel, sums
-
-
-@_differentiable.defjvp
-def _differentiable_jvp(axis, primals, tangents):
-  kernel, sums = _differentiable(*primals, axis)
-  scaling = primals[1]
-  kernel_dot = kernel * tangents[0]
-  sums_dot = _contract(kernel, tangents[1], axis) + _contract(kernel_dot, scaling, axis)
-  return (kernel, sums), (kernel_dot, sums_dot)
-
-
-@jax.custom_jvp
-def _one(dual: Array) -> Array:
-  """Scalings of a dual that is absorbed: one, with the gradient of the dual."""
-  return jnp.ones_like(dual)
-
-
-@_one.defjvp
-def _one_jvp(primals, tangents):
-  return _one(*primals), tangents[0]
-
-
-@jax.custom_jvp
-def _ratio(a: Array, b: Array) -> Array:
-  """a / b, with a derivative that does not square a small b."""
-  return a / b
-
-
-@_ratio.defjvp
-def _ratio_jvp(primals, tangents):
-  ratio = _ratio(*primals)
-  return ratio, (tangents[0] - ratio * tangents[1]) / primals[1]
+  return exact_einsum(spec, kernel, scaling)

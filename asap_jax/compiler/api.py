@@ -1,6 +1,5 @@
 """Compiling a model: every Sinkhorn attention becomes a dual map and a closure."""
 
-import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from asap_jax.attention.functions import sinkhorn_attention
-from asap_jax.attention.layers import AsapAttention
-from asap_jax.compiler.distillation import distil
-from asap_jax.compiler.fidelity import Operator
 from asap_jax.compiler.fitting.slicing import DirectionKind
 from asap_jax.compiler.fitting.stages import FitOptions, Objective, fit_layers
 from asap_jax.compiler.measuring import Measured, cuts, measure
+from asap_jax.compiler.operators import Asap, Operator
 from asap_jax.compiler.recording import Layer, Observer
 from asap_jax.compiler.report import LayerReport, Report
 from asap_jax.compiler.selection import select
-from asap_jax.compiler.sites import Site, held_at, replace_sites
+from asap_jax.compiler.sites import Site, replace_sites
 from asap_jax.dual_map.features import KINDS
 
 
@@ -47,11 +43,9 @@ def compile(
   features: tuple[str, ...] = KINDS,
   hidden: int = 64,
   ridge: float = 1e-6,
-  refine: bool = True,
   refine_steps: int = 3000,
   objective: Objective = "plan",
   target_tv: float | None = None,
-  distil_steps: int = 0,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
   seed: int = 0,
   progress: bool = True,
@@ -81,12 +75,12 @@ def compile(
       (`asap_jax.dual_map.network`); zero keeps the map linear, as it is without
       refinement.
     ridge: penalty relative to each feature's variance.
-    refine: whether to descend after the ridge fit. `False` is the paper's plain form
-      (with `directions="gaussian"` and `features=("potentials",)`), and RA-OT where the
-      teacher's iterations converge (see `objective`).
     refine_steps: steps of up to 32 sequences per layer; more give a closer plan. What
       is best on held-out batches is kept, so it never ends worse there than it started.
-      Activations are kept in memory up to 1 GiB, and read in parts beyond.
+      Activations are kept in memory up to 1 GiB, and read in parts beyond. Zero keeps
+      the ridge fit: the paper's plain form (with `directions="gaussian"` and
+      `features=("potentials",)`), and RA-OT where the teacher's iterations converge
+      (see `objective`).
     objective: what refinement descends on. `"plan"` is KL(teacher plan || compiled
       plan). `"dual"` is minus the entropic dual objective of the compiled duals, which
       is that KL to the *converged* plan up to a constant (OA-OT, "Amortized Optimal
@@ -101,8 +95,6 @@ def compile(
       or Sinkhorn cut short. Where none does, the teacher's attention stays, with all
       its iterations in whichever implementation is faster, and a warning says so.
       `slices` is then an upper bound.
-    distil_steps: steps of a second stage that trains all dual maps together on the
-      teacher's outputs (`asap_jax.distil`, which takes more options).
     call: how a batch is given to the model.
     seed: of random directions, of networks and of the order of refinement.
     progress: whether to show progress bars.
@@ -114,12 +106,19 @@ def compile(
     ValueError: if the model holds no Sinkhorn attention or never calls one it holds,
       if there are too few batches or tokens, if activations are not finite, or if an
       option makes no sense.
+
+  Example:
+    >>> import asap_jax
+    >>> teacher = asap_jax.SinkhornMultiHeadAttention(2, 8, rngs=nnx.Rngs(0))
+    >>> batches = jax.random.normal(jax.random.key(0), (3, 4, 6, 8))
+    >>> compiled, report = asap_jax.compile(
+    ...   teacher, batches, slices=2, refine_steps=0, progress=False)
+    >>> compiled(batches[0]).shape, report.layers[0].tv.shape
+    ((4, 6, 8), (2,))
   """
   start = time.perf_counter()
   if target_tv is not None and not target_tv >= 0:
     raise ValueError(f"target_tv={target_tv}: expected a number from 0 to 1, or None")
-  if distil_steps < 0:
-    raise ValueError(f"distil_steps={distil_steps}: expected at least 0")
   teacher = Observer(model, batches, call, progress)
   options = FitOptions(
     slices=slices,
@@ -128,46 +127,24 @@ def compile(
     features=features,
     hidden=hidden,
     ridge=ridge,
-    refine_steps=refine_steps if refine else 0,
+    refine_steps=refine_steps,
     seed=seed,
     progress=progress,
     objective=objective,
   )
   options.check(teacher.layers[0].dim)
-  if refine and refine_steps < 1:
-    raise ValueError(
-      f"refine_steps={refine_steps}: expected at least one, or refine=False"
-    )
   if target_tv is None:
     fitted = fit_layers(teacher, options)
-    operators = [Operator("asap", dual_map=fit.dual_map) for fit in fitted]
-    measured = measure(
-      teacher,
-      [
-        [operator, *cuts(layer.site.iterations)]
-        for operator, layer in zip(operators, teacher.layers, strict=True)
-      ],
-    )
+    operators: list[list[Operator]] = [
+      [Asap(fit.dual_map), *cuts(layer.site.iterations)]
+      for fit, layer in zip(fitted, teacher.layers, strict=True)
+    ]
+    measured = measure(teacher, operators)
     chosen = [of_layer[1] for of_layer in measured]
   else:
     measured, chosen, fitted = select(teacher, options, target_tv)
   replacements = [_function(site, teacher.layers, chosen) for site in teacher.sites]
   compiled = replace_sites(model, teacher.sites, replacements)
-  if distil_steps and any(each.operator.kind == "asap" for each in chosen):
-    compiled = distil(
-      compiled,
-      model,
-      teacher.batches,
-      distil_steps,
-      call=call,
-      seed=seed,
-      progress=progress,
-    ).model
-    before, chosen = chosen, _measured_again(teacher, compiled, chosen)
-    measured = [
-      [new if each is old else each for each in of_layer]
-      for old, new, of_layer in zip(before, chosen, measured, strict=True)
-    ]
   report = Report(
     layers=tuple(
       _layer_report(layer, of_layer, stands, fitted[index].seconds if fitted else 0.0)
@@ -183,26 +160,6 @@ def compile(
   return Compiled(compiled, report)
 
 
-def _measured_again(
-  teacher: Observer, model: nnx.Module, chosen: list[Measured]
-) -> list[Measured]:
-  """What was chosen, with the dual maps that now stand in the compiled model."""
-  operators = []
-  for layer, measured in zip(teacher.layers, chosen, strict=True):
-    operator = measured.operator
-    if operator.kind == "asap":
-      held = held_at(model, layer.site).dual_map
-      if layer.index is not None:
-        held = jax.tree.map(lambda leaf: leaf[layer.index], held)  # noqa: B023
-      operator = Operator("asap", dual_map=held)
-    operators.append([operator])
-  # A teacher that stays keeps its label, whatever its implementation.
-  return [
-    of_layer[1]._replace(label=old.label)
-    for of_layer, old in zip(measure(teacher, operators), chosen, strict=True)
-  ]
-
-
 def _function(
   site: Site, layers: list[Layer], chosen: list[Measured]
 ) -> Callable[..., jax.Array]:
@@ -213,20 +170,12 @@ def _function(
     if layer.site is site
   ]
   (layer, operator), *_ = held
-  if operator.kind == "ott":
+  if operator.label == "teacher":
     return site.function
-  if operator.kind == "sinkhorn":
-    return functools.partial(
-      sinkhorn_attention,
-      iterations=operator.iterations,
-      implementation="xla",
-      **site.options,
-    )
-  maps = [own.dual_map for _, own in held if own.dual_map is not None]
-  if layer.index is None:
-    return AsapAttention(maps[0], site.options)
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps)
-  return AsapAttention(stacked, site.options)
+  if isinstance(operator, Asap) and layer.index is not None:
+    maps = [own.dual_map for _, own in held if isinstance(own, Asap)]
+    operator = Asap(jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps))
+  return operator.attention_fn(site.options)
 
 
 def _layer_report(
@@ -237,7 +186,9 @@ def _layer_report(
   return LayerReport(
     name=layer.name,
     iterations=layer.site.iterations,
-    r2=predicted if chosen.operator.kind == "asap" else np.full_like(sums.tv, np.nan),
+    r2=predicted
+    if isinstance(chosen.operator, Asap)
+    else np.full_like(sums.tv, np.nan),
     tv=sums.tv / sums.rows,
     kl=sums.kl / sums.rows,
     column_error=sums.column_error / sums.columns,

@@ -7,10 +7,10 @@ import numpy as np
 
 from asap_jax.compiler.fidelity import (
   FidelitySums,
-  Operator,
   fidelity_sums,
   operator_milliseconds,
 )
+from asap_jax.compiler.operators import Operator, Sinkhorn
 from asap_jax.compiler.recording import Observer
 from asap_jax.compiler.report import Alternative
 
@@ -43,21 +43,10 @@ class Measured(NamedTuple):
     return Alternative(self.label, self.tv, self.milliseconds)
 
 
-def label_of(operator: Operator) -> str:
-  """`"asap"`, `"asap@2"`, `"sinkhorn@3"` or `"teacher"`."""
-  if operator.kind == "ott":
-    return "teacher"
-  if operator.kind == "sinkhorn":
-    return f"sinkhorn@{operator.iterations}"
-  assert operator.dual_map is not None
-  closures = operator.dual_map.closures
-  return "asap" if closures == 1 else f"asap@{closures}"
-
-
 def cuts(iterations: int) -> list[Operator]:
   """Sinkhorn stopped earlier, and not stopped but in its fastest form."""
   kept = [k for k in CUTS if k < iterations]
-  return [Operator("sinkhorn", k) for k in (*kept, iterations)]
+  return [Sinkhorn(k) for k in (*kept, iterations)]
 
 
 def measure(
@@ -70,7 +59,7 @@ def measure(
   """
   layers = teacher.layers
   everyone = [
-    [Operator("ott", layer.site.iterations), *of_layer]
+    [Sinkhorn(layer.site.iterations, "ott"), *of_layer]
     for layer, of_layer in zip(layers, operators, strict=True)
   ]
   sums: list[dict[int, FidelitySums]] = [{} for _ in layers]
@@ -90,7 +79,7 @@ def measure(
     )
   return [
     [
-      Measured(label_of(operator), operator, summed, taken)
+      Measured(operator.label, operator, summed, taken)
       for operator, summed, taken in zip(*of_layer, strict=True)
     ]
     for of_layer in zip(everyone, map(dict.values, sums), times, strict=True)

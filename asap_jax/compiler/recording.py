@@ -1,5 +1,6 @@
-"""Watching a teacher: what each of its Sinkhorn layers sees on calibration batches."""
+"""Recording of the calls that each of a teacher's Sinkhorn layers sees on batches."""
 
+import operator
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
@@ -8,22 +9,20 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.progress import track
 
-from asap_jax.compiler.sites import Activation, Site, find_sinkhorn, recorder
+from asap_jax.attention.inputs import Activation
+from asap_jax.compiler.sites import Site, find_sinkhorn, recorder
 
 Calls = list[tuple[Activation, ...]]  # of each layer
 Stream = Generator[Calls, None, None]
 
-# Every fifth batch, from the second on, is kept to measure on.
-_HOLD_OUT_EVERY, _HOLD_OUT_FIRST = 5, 1
-
 
 def is_held_out(index: int) -> bool:
-  """Whether a batch, counted from zero, is kept to measure on."""
-  return index % _HOLD_OUT_EVERY == _HOLD_OUT_FIRST
+  """Tells whether a batch, counted from zero, is kept to measure on: every fifth."""
+  return index % 5 == 1  # not the first, which is there whenever any batch is
 
 
 class Layer(NamedTuple):
-  """A Sinkhorn attention, or one of those that `nnx.scan` runs through one site.
+  """Sinkhorn attention, or one of several that `nnx.scan` runs through one site.
 
   Attributes:
     site: where the model holds it.
@@ -39,17 +38,17 @@ class Layer(NamedTuple):
 
   @property
   def name(self) -> str:
-    """The site's name, with the position in a stack."""
+    """Name of the site, with the position in a stack."""
     return self.site.name + ("" if self.index is None else f"[{self.index}]")
 
 
 class Observer:
-  """A frozen teacher and its calibration batches.
+  """Frozen teacher and its calibration batches.
 
   Args:
     model: the teacher, left untouched.
-    batches: its inputs; every fifth, from the second on, is held out. Iterated over
-      anew for every stream; an iterator that can be read only once is stored.
+    batches: its inputs; every fifth, from the second on, is held out. Each stream
+      iterates over them again; an iterator that can be read only once is stored.
     call: how a batch is given to the model.
     progress: whether streams show a progress bar.
 
@@ -131,16 +130,14 @@ def _layers(sites: list[Site], seen: Calls) -> list[Layer]:
 
 
 def _unstack(calls: Calls) -> Calls:
-  """Calls of each layer; `nnx.scan` stacks those of its layers on a leading axis."""
+  """Calls of each layer, taken off the axis that `nnx.scan` stacks its layers on."""
   unstacked = []
   for of_site in calls:
     if of_site[0].query.ndim == 4:
       unstacked.append(of_site)
       continue
-    unstacked += [
-      tuple(jax.tree.map(lambda leaf: leaf[index], call) for call in of_site)  # noqa: B023
-      for index in range(len(of_site[0].query))
-    ]
+    for index in range(len(of_site[0].query)):
+      unstacked.append(jax.tree.map(operator.itemgetter(index), of_site))
   return unstacked
 
 
@@ -162,7 +159,5 @@ def _check_calls(layers: list[Layer], calls: Calls) -> None:
 
 @jax.jit
 def _is_finite(activation: Activation) -> jax.Array:
-  parts = (activation.query, activation.key, activation.bias)
-  return jnp.array(
-    [jnp.isfinite(part).all() for part in parts if part is not None]
-  ).all()
+  parts = jax.tree.leaves((activation.query, activation.key, activation.bias))
+  return jnp.array([jnp.isfinite(part).all() for part in parts]).all()

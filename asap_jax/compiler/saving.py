@@ -23,8 +23,7 @@ from flax import nnx
 
 from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.attention.layers import AsapAttention
-from asap_jax.compiler.sites import find_sinkhorn, implementation_of, replace_sites
-from asap_jax.dual_map.network import Network
+from asap_jax.compiler.sites import find_sinkhorn, replace_sites
 from asap_jax.dual_map.predict import DualMap
 
 FORMAT = 2
@@ -45,6 +44,16 @@ def save(
     FileExistsError: if `path` exists and `overwrite` is false, or it exists and is not
       a saved model.
     ValueError: if `model` holds no compiled attention.
+
+  Example:
+    >>> import tempfile
+    >>> build = lambda: nnx.Dict(attend=functools.partial(sinkhorn_attention))
+    >>> dual_map = DualMap(jnp.ones((1, 1, 2)), jnp.ones((1, 2)), features=("query",))
+    >>> compiled = nnx.Dict(attend=AsapAttention(dual_map))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...   save(f"{folder}/model", compiled)
+    ...   load(f"{folder}/model", build()).attend.dual_map.weights.tolist()
+    [[1.0, 1.0]]
   """
   path = pathlib.Path(path).absolute()
   if path.exists() and not (overwrite and (path / _MANIFEST).is_file()):
@@ -99,6 +108,11 @@ def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
     FileNotFoundError: if there is no saved model at `path`.
     ValueError: if the files are truncated, altered or of another format, or the model
       has another structure than the saved one.
+
+  Example:
+    >>> load("/nowhere", nnx.Dict())
+    Traceback (most recent call last):
+    FileNotFoundError: path=/nowhere: no saved model there (manifest.json is absent)
   """
   path = pathlib.Path(path).absolute()
   manifest = _read_manifest(path)
@@ -219,7 +233,7 @@ def _saved_sites(model: nnx.Module) -> list[dict[str, Any]]:
       "options": _describe_options(dict(held.options)),
       "features": list(held.dual_map.features),
       "parameters": {
-        name: _describe(leaf.get_value()) for name, leaf in held.parameters.items()
+        name: _describe(leaf) for name, leaf in held.dual_map.to_named().items()
       },
     }
     for where, module in nnx.iter_modules(model)
@@ -232,7 +246,7 @@ def _saved_sites(model: nnx.Module) -> list[dict[str, Any]]:
       "attribute": site.attribute,
       "options": _describe_options(site.options),
       "iterations": site.iterations,
-      "implementation": implementation_of(site.function),
+      "implementation": site.implementation,
     }
     for site in find_sinkhorn(model)
   ]
@@ -243,26 +257,13 @@ def _blank_function(
 ) -> Callable[..., jax.Array]:
   """What stood at a saved site, with zeros for its arrays."""
   if "parameters" not in saved:
-    # Models were saved with "scaling" before that form was called "xla".
-    name = {"scaling": "xla"}.get(saved["implementation"], saved["implementation"])
-    chosen = {"iterations": saved["iterations"], "implementation": name}
+    chosen = {name: saved[name] for name in ("iterations", "implementation")}
     return functools.partial(sinkhorn_attention, **chosen, **options)
   leaves = {
     name: jnp.zeros(shape, dtype)
     for name, (shape, dtype) in saved["parameters"].items()
   }
-  prefix = "network_"
-  network = {
-    name.removeprefix(prefix): leaves.pop(name)
-    for name in list(leaves)
-    if name.startswith(prefix)
-  }
-  dual_map = DualMap(
-    features=tuple(saved["features"]),
-    network=Network(**network) if network else None,
-    **leaves,
-  )
-  return AsapAttention(dual_map, options)
+  return AsapAttention(DualMap.from_named(leaves, tuple(saved["features"])), options)
 
 
 def _describe_options(options: dict[str, Any]) -> dict[str, str]:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from asap_jax.compiler.fidelity import Operator, operator_milliseconds
+from asap_jax.compiler.fidelity import operator_milliseconds
 from asap_jax.compiler.fitting.stages import FitOptions, FittedLayer, fit_layers
 from asap_jax.compiler.measuring import Measured, cuts, measure
+from asap_jax.compiler.operators import Asap
 from asap_jax.compiler.recording import Layer, Observer
 from asap_jax.dual_map.features import feature_count
 from asap_jax.dual_map.network import init_network
@@ -79,7 +80,7 @@ def select(
       continue
     wanted = {i for site in open_sites for i in members[site]}
     fits = fit_layers(teacher, candidates[place], wanted)
-    measured = measure(teacher, [[_operator(fit)] for fit in fits])
+    measured = measure(teacher, [[Asap(fit.dual_map)] for fit in fits])
     for place in open_sites:
       choices[place].measured.append([measured[i][1] for i in members[place]])
   chosen: list[Measured] = [
@@ -136,10 +137,7 @@ def _untrained_milliseconds(
   times = [
     operator_milliseconds(
       of_layer[0],
-      [
-        Operator("asap", dual_map=_untrained(candidate, layer))
-        for candidate in candidates
-      ],
+      [Asap(_untrained(candidate, layer)) for candidate in candidates],
     )
     for layer, of_layer in zip(teacher.layers, calls, strict=True)
   ]
@@ -158,10 +156,6 @@ def _untrained(options: FitOptions, layer: Layer) -> DualMap:
   directions = gaussian(rng, heads, options.slices, dim)
   weights = jnp.zeros((heads, columns))
   return DualMap(directions, weights, options.features, network, relaxation)
-
-
-def _operator(fit: FittedLayer) -> Operator:
-  return Operator("asap", dual_map=fit.dual_map)
 
 
 def _milliseconds(of_layers: list[Measured]) -> float:

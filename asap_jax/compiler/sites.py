@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from asap_jax.attention.functions import sinkhorn_attention
-from asap_jax.attention.inputs import Inputs, prepare, restrict
+from asap_jax.attention.inputs import Activation, Inputs
+from asap_jax.attention.signature import inputs_of
 
 _SIGNATURE = inspect.signature(sinkhorn_attention)
 
@@ -23,13 +24,15 @@ class Site(NamedTuple):
     attribute: of the module that holds the function.
     function: what it holds: `sinkhorn_attention` or a partial of it.
     iterations: full iterations that it is bound to.
-    options: its other bound arguments, such as `epsilon`; not `implementation`.
+    implementation: that it is bound to.
+    options: its other bound arguments, such as `epsilon`.
   """
 
   path: tuple[str | int, ...]
   attribute: str
   function: Callable[..., jax.Array]
   iterations: int
+  implementation: str
   options: dict[str, Any]
 
   @property
@@ -37,36 +40,6 @@ class Site(NamedTuple):
     """Path, and attribute unless it is Flax's `attention_fn`, in one word."""
     attribute = () if self.attribute == "attention_fn" else (self.attribute,)
     return ".".join(map(str, (*self.path, *attribute))) or self.attribute
-
-
-class Activation(NamedTuple):
-  """What one call of a Sinkhorn attention saw, batch axes flattened to one.
-
-  Attributes:
-    query: `[batch, heads, n, dim]`, float32, such that logits are query key^T + bias.
-    key: `[batch, heads, m, dim]`.
-    bias: `[batch, heads, n, m]`, or `None`.
-    query_mask: `[batch, heads or 1, n]`, or `None`.
-    key_mask: `[batch, heads or 1, m]`, or `None`.
-    is_product: whether the mask was the outer product of the two, or `None`.
-  """
-
-  query: jax.Array
-  key: jax.Array
-  bias: jax.Array | None
-  query_mask: jax.Array | None
-  key_mask: jax.Array | None
-  is_product: jax.Array | None
-
-  @property
-  def products(self) -> jax.Array:
-    """query key^T, `[batch, heads, n, m]`."""
-    return jnp.einsum("...nd,...md->...nm", self.query, self.key)
-
-  @property
-  def logits(self) -> jax.Array:
-    """S, `[batch, heads, n, m]`."""
-    return self.products if self.bias is None else self.products + self.bias
 
 
 class _Calls(nnx.Variable):
@@ -85,10 +58,7 @@ class _Recorder(nnx.Module):
   def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
     call = _SIGNATURE.bind(*args, **(dict(self.options) | kwargs))
     call.apply_defaults()
-    given = call.arguments
-    names = ("query", "key", "value", "bias", "dtype", "precision", "scale", "epsilon")
-    inputs = prepare(*(given[name] for name in names))
-    inputs = restrict(inputs, given["mask"], given["is_causal"])
+    inputs = inputs_of(call.arguments)
     earlier = self.calls.get_value() if hasattr(self, "calls") else ()
     self.calls = _Calls((*earlier, _flatten_batch(inputs)))
     return self.function(*args, **kwargs)
@@ -104,18 +74,10 @@ def find_sinkhorn(model: nnx.Module) -> list[Site]:
     for attribute, held in vars(module).items():
       bound = bound_arguments(held, sinkhorn_attention)
       if bound is not None:
-        iterations = bound.pop("iterations")
-        bound.pop("implementation", None)
+        own = bound.pop("iterations"), bound.pop("implementation")
         where: tuple[Any, ...] = tuple(path)
-        sites.append(Site(where, attribute, held, iterations, bound))
+        sites.append(Site(where, attribute, held, *own, bound))
   return sorted(sites, key=lambda site: [(isinstance(p, str), p) for p in site.path])
-
-
-def implementation_of(function: Callable[..., jax.Array]) -> str:
-  """That of a `sinkhorn_attention` or a partial of it."""
-  keywords = getattr(function, "keywords", {})
-  default = _SIGNATURE.parameters["implementation"].default
-  return keywords.get("implementation", default)
 
 
 def held_at(model: nnx.Module, site: Site) -> Any:
@@ -177,11 +139,10 @@ def bound_arguments(
 ) -> dict[str, Any] | None:
   """Keyword arguments bound to `function`; `None` if `held` is no partial of it.
 
-  Of `sinkhorn_attention`, the default of `iterations` counts as bound.
+  Of `sinkhorn_attention`, the defaults of its own options count as bound.
   """
-  defaults = {}
-  if function is sinkhorn_attention:
-    defaults["iterations"] = _SIGNATURE.parameters["iterations"].default
+  names = ("iterations", "implementation") if function is sinkhorn_attention else ()
+  defaults = {name: _SIGNATURE.parameters[name].default for name in names}
   if held is function:
     return defaults
   # Nested partials are flattened by functools itself.

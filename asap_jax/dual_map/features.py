@@ -1,4 +1,4 @@
-"""Features of one sequence from which its Sinkhorn query-side dual is predicted.
+r"""Features of one sequence from which its Sinkhorn query-side dual is predicted.
 
 Every feature is centred over the valid queries of its sequence, since a dual is defined
 up to a constant. Kinds, in this order:
@@ -6,23 +6,30 @@ up to a constant. Kinds, in this order:
 - `potentials`: exact one-dimensional potentials along the slices (Tran, Milkert and
   Hyde, 2026, "ASAP", arXiv 2605.12879);
 - `query`: the query itself, beyond the paper;
-- `cumulants`: <q_i, mean k> and q_i^T Cov(k) q_i, the first two cumulants of
-  log mean_j exp(S_ij), beyond the paper;
-- `transport`: along each slice where the query is sent, Q_y(u_i), and its product with
-  the projected query: free from the sort, beyond the paper.
+- `cumulants`: $\langle q_i, \bar k \rangle$ and $q_i^T \mathrm{Cov}(k) q_i$, the first
+  two cumulants of $\log \mathrm{mean}_j \exp S_{ij}$, beyond the paper;
+- `transport`: along each slice the place $Q_y(u_i)$ that the query is sent to, and its
+  product with the projected query: free from the sort, beyond the paper.
 
-Queries here already carry the scale of the logits: S = query key^T.
+Queries here already carry the scale of the logits: $S = Q K^T$.
 """
 
 import functools
 import operator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.masses import Weights, centre, check_weights, masses, mean, zero_invalid
+from asap_jax.masses import (
+  Masses,
+  centre,
+  check_weights,
+  mean,
+  normalised,
+  zero_invalid,
+)
+from asap_jax.numerics import exact_einsum, float_dtype
 from asap_jax.potentials.directions import normalise
 from asap_jax.potentials.kantorovich import sliced_potentials
 
@@ -47,8 +54,8 @@ def dual_features(
   key: Float[Array, "*batch heads m dim"],
   directions: Float[Array, "heads slices dim"],
   features: tuple[str, ...] = FEATURES,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
 ) -> Float[Array, "*batch heads n features"]:
   """Features of each query, centred over the valid queries, zero at the others.
 
@@ -85,7 +92,7 @@ class Features(NamedTuple):
   """
 
   parts: tuple[Array, ...]
-  weights: Weights
+  weights: Masses
 
   @property
   def columns(self) -> Float[Array, "*batch heads n features"]:
@@ -117,15 +124,15 @@ def features_of(
   key: Array,
   directions: Array,
   features: tuple[str, ...],
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   products: Array | None = None,
 ) -> Features:
   """`dual_features` in parts; `products` is query key^T, where it is at hand."""
   feature_count(features, *directions.shape[-2:])
   check_weights("query_weights", query_weights, query.shape[-2])
   check_weights("key_weights", key_weights, key.shape[-2])
-  dtype = jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
+  dtype = float_dtype(query, key)
   query = zero_invalid(query.astype(dtype), query_weights, axis=-2)
   key = zero_invalid(key.astype(dtype), key_weights, axis=-2)
   parts: dict[str, list[Array]] = {"query": [query]}
@@ -145,50 +152,27 @@ def features_of(
   )
 
 
-def einsum(subscripts: str, *operands: Array) -> Array:
-  """`jnp.einsum` in full: duals reach hundreds, where TF32 is off by a tenth."""
-  return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
-
-
 def times(inputs: Array, kernel: Array) -> Array:
   """inputs kernel, `[..., n, width]`, of inputs `[..., n, inputs]`."""
   if kernel.shape[-2] == 1:  # no product of matrices: XLA fuses it with anything
     return inputs * kernel
   # A kernel for all of the batch: with one for a head, XLA would transpose the inputs.
   kernel = jnp.broadcast_to(kernel, (*inputs.shape[:-2], *kernel.shape[-2:]))
-  return einsum("...np,...pw->...nw", inputs, kernel)
+  return exact_einsum("...np,...pw->...nw", inputs, kernel)
 
 
 def _cumulants(
-  query: Array, key: Array, key_weights: Weights, products: Array | None
+  query: Array, key: Array, key_weights: Masses, products: Array | None
 ) -> list[Array]:
-  """Both cumulants, `[..., n, 1]` each."""
-  size, dim = key.shape[-2:]
-  by_key = None if key_weights is None else key_weights[..., None, :]
+  """Both cumulants, `[..., n, 1]` each; from query key^T where it is at hand."""
   if products is not None:
+    by_key = None if key_weights is None else key_weights[..., None, :]
     first = mean(products, by_key)
     return [first, mean((products - first) ** 2, by_key)]
   average = mean(key, key_weights, axis=-2)
-  first = einsum("...nd,...md->...nm", query, average)
   centred = centre(key, key_weights, axis=-2)
-  mass = masses(key_weights, size)
-  if size > 2 * dim:  # fewer products, in one pass more
-    weighted = centred * mass[..., None]
-    covariance = einsum("...md,...me->...de", weighted, centred)
-    moved = einsum("...nd,...de->...ne", query, covariance)
-    second = _inner(moved, query, jnp.ones(dim, query.dtype))
-    return [first, second[..., None]]
-  # Roots of the masses at the keys: nothing stands between the product and its squares,
-  # and XLA keeps it in registers on a CPU.
-  scaled = centred * jnp.sqrt(mass)[..., None]
-  deviation = einsum("...nd,...md->...nm", query, scaled)
-  return [first, jnp.sum(deviation * deviation, axis=-1, keepdims=True)]
-
-
-def _inner(a: Array, b: Array, mass: Array) -> Array:
-  """Inner products along the last axis, as a product that XLA does well on a CPU.
-
-  Reductions of many short rows, fused with what comes before, take it ten times longer.
-  """
-  product = jax.lax.optimization_barrier(a * b)
-  return einsum("...nd,...d->...n", product, mass)
+  weighted = centred * normalised(key_weights, key.shape[-2])[..., None]
+  covariance = exact_einsum("...md,...me->...de", weighted, centred)
+  moved = exact_einsum("...nd,...de->...ne", query, covariance)
+  first = exact_einsum("...nd,...md->...nm", query, average)
+  return [first, jnp.sum(moved * query, axis=-1, keepdims=True)]

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.dual_map.features import Features, einsum, times
+from asap_jax.dual_map.features import Features, times
 from asap_jax.masses import Masses, centre, mean, zero_invalid
+from asap_jax.numerics import exact_einsum
 
 # Keeps the gradient of the deviation of a feature that does not vary finite.
 _VARIANCE_FLOOR = 1e-12
@@ -118,7 +119,7 @@ def apply_network(
   """
   context = context_of(network, features, query, key, key_weights)
   context = context - jax.lax.stop_gradient(network.context_shift)
-  offset = einsum("...hc,hcw->...hw", context, network.context_kernel)
+  offset = exact_einsum("...hc,hcw->...hw", context, network.context_kernel)
   offset = (offset + network.hidden_bias)[..., None, :]
   products = centre(features.times(network.feature_kernel), features.weights, axis=-2)
   hidden = jax.nn.relu(products + offset)

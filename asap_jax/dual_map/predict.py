@@ -1,18 +1,24 @@
-"""The learned dual map: from features of one sequence to the Sinkhorn query-side dual.
+r"""The learned dual map: from features of one sequence to the Sinkhorn query-side dual.
 
-f_hat_i = sum_p w_p feature_p(i) (`asap_jax.dual_map.features`; Tran, Milkert and Hyde,
+$\hat f_i = \sum_p w_p \, \mathrm{feature}_p(i)$ (`features`; Tran, Milkert and Hyde,
 2026, "ASAP", arXiv 2605.12879); a small network may add to it
 (`asap_jax.dual_map.network`).
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 from jaxtyping import Array, Float
 
-from asap_jax.dual_map.features import FEATURES, feature_count, features_of
+from asap_jax.dual_map.features import (
+  FEATURES,
+  Features,
+  feature_count,
+  features_of,
+)
 from asap_jax.dual_map.network import Leaf, Network, apply_network
-from asap_jax.masses import Weights, centre
+from asap_jax.masses import Masses, centre
 
 
 @jax.tree_util.register_dataclass
@@ -23,11 +29,17 @@ class DualMap:
   Attributes:
     directions: slices, `[heads, slices, dim]`; normalised where they are used.
     weights: of the features, `[heads, features]`.
-    features: the kinds of features, a subset of `asap_jax.dual_map.features.KINDS` in
+    features: kinds of features, a subset of `asap_jax.dual_map.features.KINDS` in
       that order (static).
     network: adds to the linear map; `None` leaves it linear.
     relaxation: over-relaxation factors between closures, `[heads, closures - 1]`
-      (`asap_jax.c_transform.closures`); `None` for a single closure.
+      (`asap_jax.closures`); `None` for a single closure.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> one_slice = DualMap(jnp.ones((4, 1, 8)), jnp.ones((4, 1)), ("potentials",))
+    >>> one_slice.closures, sorted(one_slice.to_named())
+    (1, ['directions', 'weights'])
   """
 
   directions: Leaf
@@ -43,18 +55,34 @@ class DualMap:
     """Two-sided closures that follow the prediction."""
     return 1 if self.relaxation is None else 1 + self.relaxation.shape[-1]
 
+  def to_named(self) -> dict[str, Leaf]:
+    """The array leaves by name, those of the network as `network_...`: as saved."""
+    named = {name: getattr(self, name) for name in ("directions", "weights")}
+    if self.network is not None:
+      names = [field.name for field in dataclasses.fields(Network)]
+      named |= {f"network_{name}": getattr(self.network, name) for name in names}
+    if self.relaxation is not None:
+      named["relaxation"] = self.relaxation
+    return named
+
+  @classmethod
+  def from_named(
+    cls, named: Mapping[str, Leaf], features: tuple[str, ...]
+  ) -> "DualMap":
+    """The map whose `to_named` these leaves are."""
+    own = {k: v for k, v in named.items() if not k.startswith("network_")}
+    rest = {k.removeprefix("network_"): named[k] for k in named.keys() - own.keys()}
+    return cls(features=features, network=Network(**rest) if rest else None, **own)
+
 
 def predict_dual(
   dual_map: DualMap,
   query: Float[Array, "*batch heads n dim"],
   key: Float[Array, "*batch heads m dim"],
-  query_weights: Weights = None,
-  key_weights: Weights = None,
-  *,
-  products: Float[Array, "*batch heads n m"] | None = None,
-  centred: bool = True,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
 ) -> Float[Array, "*batch heads n"]:
-  """f_hat, the predicted query-side dual, by default centred over the valid queries.
+  r"""The predicted query-side dual $\hat f$, centred over the valid queries.
 
   Works under jit, vmap and grad, in all array leaves of `dual_map`.
 
@@ -63,11 +91,7 @@ def predict_dual(
     query: `[..., heads, n, dim]`, scaled such that the logits are `query key^T`.
     key: `[..., heads, m, dim]`.
     query_weights: `None`, mask or masses, `[..., heads or 1, n]`.
-    key_weights: likewise, `[..., heads or 1, m]`.
-    products: query key^T where it is at hand, finite at absent points too: the
-      cumulants of a linear map cost one pass over it then instead of a covariance.
-    centred: otherwise f_hat is off by a constant of each sequence and head, which a
-      closure takes back.
+    key_weights: the same of the keys, `[..., heads or 1, m]`.
 
   Returns:
     `[..., heads, n]`, float32 or better, zero at absent queries.
@@ -75,27 +99,63 @@ def predict_dual(
   Raises:
     ValueError: if the weights of `dual_map` do not have one column per feature, or as
       `asap_jax.dual_map.dual_features`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> dual_map = DualMap(jnp.ones((1, 1, 2)), jnp.ones((1, 2)), features=("query",))
+    >>> query = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+    >>> predict_dual(dual_map, query, query).tolist()  # q_1 + q_2, centred
+    [[-2.0, 2.0]]
   """
-  expected = feature_count(dual_map.features, *dual_map.directions.shape[-2:])
-  if dual_map.weights.shape[-1] != expected:
-    raise ValueError(
-      f"dual_map.weights has shape {dual_map.weights.shape}: expected {expected} "
-      f"features for {dual_map.features} with directions {dual_map.directions.shape}"
-    )
-  features = features_of(
-    query,
-    key,
-    dual_map.directions,
-    dual_map.features,
-    query_weights,
-    key_weights,
-    # XLA fuses a linear map with the closure on a CPU; a network would have the
-    # products kept in memory.
-    products if dual_map.network is None else None,
-  )
-  f = features.times(dual_map.weights[..., None])[..., 0]
-  if centred:
-    f = centre(f, query_weights)
+  tokens = query, key, query_weights, key_weights
+  features = _features(dual_map, *tokens)
+  f = centre(_linear(dual_map, features), query_weights)
   if dual_map.network is None:
     return f
   return f + apply_network(dual_map.network, features, query, key, key_weights)
+
+
+def linear_dual(
+  dual_map: DualMap,
+  query: Array,
+  key: Array,
+  query_weights: Masses,
+  key_weights: Masses,
+  products: Array,
+) -> Float[Array, "*batch heads n"]:
+  """The linear part of `predict_dual`, not centred, from query key^T at hand.
+
+  Args:
+    dual_map: see `predict_dual`, as the next four.
+    query: see there.
+    key: see there.
+    query_weights: see there.
+    key_weights: see there.
+    products: query key^T, `[..., heads, n, m]`, finite at absent points too.
+  """
+  tokens = query, key, query_weights, key_weights
+  return _linear(dual_map, _features(dual_map, *tokens, products))
+
+
+def _features(
+  dual_map: DualMap,
+  query: Array,
+  key: Array,
+  query_weights: Masses,
+  key_weights: Masses,
+  products: Array | None = None,
+) -> Features:
+  kinds, directions = dual_map.features, dual_map.directions
+  expected = feature_count(kinds, *directions.shape[-2:])
+  if dual_map.weights.shape[-1] != expected:
+    raise ValueError(
+      f"dual_map.weights has shape {dual_map.weights.shape}: expected {expected} "
+      f"features for {kinds} with directions {directions.shape}"
+    )
+  return features_of(
+    query, key, directions, kinds, query_weights, key_weights, products
+  )
+
+
+def _linear(dual_map: DualMap, features: Features) -> Array:
+  return features.times(dual_map.weights[..., None])[..., 0]

@@ -1,15 +1,15 @@
 """Other attentions under the signature of `asap_jax.softmax_attention`.
 
-Each follows its paper's formulas; what a peer learns is a pytree passed by keyword, or
-held by the module of the same name in `asap_jax.peers.layers`.
+Each follows its paper's formulas. Learned parameters are a pytree passed by keyword, or
+held by the module of that name in `asap_jax.peers.layers`.
 
 | name | attention | rows | columns |
 | --- | --- | --- | --- |
 | `softmax` | plain | exact | any |
 | `sinkhorn`, `sinkhorn@k` | Sinkhorn, cut to k full iterations | exact | approximate |
-| `kernel_sinkhorn` | the same on the plain kernel | exact | approximate |
+| `kernel_sinkhorn` | Sinkhorn on the plain kernel | exact | approximate |
 | `sinkformer` | Sinkhorn cut to half-steps | exact or approximate | the other |
-| `esp` | ESPFormer | approximate, hard: exact | likewise |
+| `esp` | ESPFormer | approximate, hard: exact | as rows |
 | `lot` | LOTFormer | exact | approximate |
 | `swgg`, `est` | sliced plans | exact | exact |
 | `one_sided` | predicted key-side dual | exact | approximate |
@@ -52,7 +52,12 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
 
 
 def attention_named(name: str, **options: Any) -> Callable[..., Any]:
-  """An attention function of `ATTENTIONS`, with options bound.
+  """Attention function of `ATTENTIONS`, with options bound.
+
+  >>> from asap_jax.peers import attention_named
+  >>> tokens = jnp.ones((2, 5, 4, 8))
+  >>> attention_named("sinkhorn@3", epsilon=0.5)(tokens, tokens, tokens).shape
+  (2, 5, 4, 8)
 
   Args:
     name: a key of `ATTENTIONS`, or `sinkhorn@k` for k full iterations.

@@ -1,18 +1,20 @@
 """Optimal couplings on the line, one per slice, in sparse form.
 
-For the cost -xy of projections x and y the optimal coupling is the monotone one (see
+For the cost $-xy$ of projections x and y the optimal coupling is the monotone one (see
 `asap_jax.potentials.kantorovich`): sorted queries and keys are laid side by side, each
-with its share of the mass, and overlap where they are coupled. It has at most n + m - 1
-entries.
+with its share of the mass, and overlap where they are coupled. It has at most
+$n + m - 1$ entries.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from asap_jax.attention.inputs import Inputs
+from asap_jax.masses import valid
+from asap_jax.numerics import exact_einsum, float_dtype
 from asap_jax.potentials.sorting import inverse, order_of
 
 Mask = Bool[Array, "..."] | None
@@ -23,8 +25,8 @@ class Couplings(NamedTuple):
 
   Attributes:
     queries: of each entry, `[..., slices, entries]`; `None` if entry i is query i.
-    keys: likewise.
-    shares: attention that the entry carries, likewise; zero where there is none.
+    keys: of each entry, `[..., slices, entries]`.
+    shares: attention that each entry carries; zero where there is none.
     size: n and m.
   """
 
@@ -34,7 +36,7 @@ class Couplings(NamedTuple):
   size: tuple[int, int]
 
   def dense(self) -> Float[Array, "*batch n m"]:
-    """The sum of all couplings, `[..., n, m]`."""
+    """Sum of all couplings, `[..., n, m]`."""
     n, m = self.size
     queries = jnp.arange(n) if self.queries is None else self.queries
     flat = _merge_slices(queries * m + self.keys)
@@ -46,9 +48,9 @@ class Couplings(NamedTuple):
     value: Float[Array, "*batch m features"],
     precision: jax.lax.PrecisionLike = None,
   ) -> Float[Array, "*batch n features"]:
-    """The plan times values; `precision` is without effect, for nothing is multiplied.
+    """Plan times values: gathers, and sums where a query has several entries.
 
-    Gathers, and sums where a query has several entries.
+    `precision` is without effect, as nothing is multiplied.
     """
     moved = self.moved(value)
     if self.queries is None:
@@ -62,7 +64,7 @@ class Couplings(NamedTuple):
     self, value: Float[Array, "*batch m features"]
   ) -> Float[Array, "*batch slices entries features"]:
     """Values times shares, entry by entry, in float32 or better."""
-    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    wide = value.astype(float_dtype(value))
     return gather(wide, self.keys) * self.shares[..., None]
 
   def weighted(self, weights: Float[Array, "*batch slices"]) -> "Couplings":
@@ -70,15 +72,12 @@ class Couplings(NamedTuple):
     return self._replace(shares=self.shares * weights[..., None])
 
   def choose(self, slices: Int[Array, "*batch"]) -> "Couplings":
-    """The coupling of one slice alone."""
-    of_slice = functools.partial(
-      jnp.take_along_axis, indices=slices[..., None, None], axis=-2
+    """Coupling of one slice alone."""
+    at = slices[..., None, None]
+    queries, keys, shares = jax.tree.map(
+      lambda x: jnp.take_along_axis(x, at, axis=-2), self[:3]
     )
-    return self._replace(
-      queries=None if self.queries is None else of_slice(self.queries),
-      keys=of_slice(self.keys),
-      shares=of_slice(self.shares),
-    )
+    return Couplings(queries, keys, shares, self.size)
 
 
 def couple(
@@ -92,18 +91,13 @@ def couple(
 ) -> Couplings:
   """Optimal couplings of the projections along every direction.
 
-  Valid queries carry one unit each, valid keys n_valid / m_valid. Ties keep their
+  Valid queries carry one unit each, valid keys n_valid / m_valid; the others may hold
+  any finite number. Directions are the coordinate axes by default. Ties keep their
   order. Works under jit and vmap; couplings are piecewise constant, so all gradients
   are zero.
 
-  Args:
-    query: `[..., heads, n, dim]`; invalid ones may hold anything finite.
-    key: `[..., heads, m, dim]`, likewise.
-    directions: slices per head; the coordinate axes by default.
-    query_mask: valid queries, `[..., heads or 1, n]`, or `None` for all.
-    key_mask: likewise, `[..., heads or 1, m]`.
-    paired: that n = m and as many queries as keys are valid, so that couplings are
-      permutations; known by itself where there are no masks.
+  `paired` promises that n = m and that as many queries as keys are valid, so that
+  couplings are permutations; without masks n = m is enough.
 
   Raises:
     ValueError: if `directions` do not fit, or n * m is 2^31 or more.
@@ -112,7 +106,7 @@ def couple(
   if n * m >= 2**31:
     raise ValueError(f"n * m = {n} * {m}: expected less than 2^31")
   x, y = (jax.lax.stop_gradient(project(points, directions)) for points in (query, key))
-  order_x, order_y = _order(x, query_mask), _order(y, key_mask)
+  order_x, order_y = ascending_order(x, query_mask), ascending_order(y, key_mask)
   shape = x.shape[:-1]
   if paired or (n == m and query_mask is None and key_mask is None):
     rank = jnp.moveaxis(inverse(jnp.moveaxis(order_x, -1, 0)), 0, -1)
@@ -124,7 +118,9 @@ def couple(
     jnp.int32(size) if mask is None else mask.sum(-1, dtype=jnp.int32)[..., None, None]
     for mask, size in ((query_mask, n), (key_mask, m))
   )
-  # In units of 1 / (a b) of the mass, query i starts at i b and key j at j a.
+  # In units of 1 / (a b) of the mass, query i starts at i b and key j at j a: whole
+  # numbers, so that starts which coincide are told from starts which nearly do. Between
+  # two starts in a row lies one entry of the coupling, empty where they coincide.
   starts = [
     jnp.broadcast_to(
       jnp.minimum(jnp.arange(size, dtype=jnp.int32) * step, a * b), (*shape, size)
@@ -162,8 +158,14 @@ def project(
       f"directions have shape {directions.shape}: expected [{points.shape[-3]}, "
       f"slices, {points.shape[-1]}]"
     )
-  highest = jax.lax.Precision.HIGHEST
-  return jnp.einsum("...hnd,hld->...hln", points, directions, precision=highest)
+  return exact_einsum("...hnd,hld->...hln", points, directions)
+
+
+def per_query(inputs: Inputs, total: Array) -> Array:
+  """Total `[..., heads, slices]` over the number of valid queries."""
+  mask = valid(inputs.query_mask)
+  count = inputs.query.shape[-2] if mask is None else mask.sum(-1, keepdims=True)
+  return total / jnp.maximum(count, 1)
 
 
 def gather(
@@ -174,7 +176,7 @@ def gather(
   return rows.reshape(*index.shape, values.shape[-1])
 
 
-def _order(x: Array, mask: Mask) -> Array:
+def ascending_order(x: Array, mask: Mask) -> Array:
   """Indices that sort `[..., slices, n]`, absent points last."""
   if mask is not None:
     x = jnp.where(mask[..., None, :], x, jnp.inf)

@@ -1,16 +1,15 @@
-"""Differential attention: the difference of two softmax maps.
+r"""Differential attention: the difference of two softmax maps.
 
 Ye et al., 2024, "Differential Transformer", arXiv 2410.05258, section 2. Queries and
-keys of a head are cut into halves, and the weights are
-
-  softmax(q_1 k_1^T / sqrt(dim / 2)) - lambda softmax(q_2 k_2^T / sqrt(dim / 2)),
-  lambda = exp(a_1 b_1) - exp(a_2 b_2) + lambda_init,
-
-with learned vectors a and b. Each head's result then goes through an RMS norm of its
-own and is multiplied by 1 - lambda_init. Weights may be negative, rows sum to
-1 - lambda and columns to anything: this is not doubly stochastic.
+keys of a head are cut into halves, and with $\delta = \sqrt{dim / 2}$ the weights are
+$softmax(q_1 k_1^T / \delta) - \lambda softmax(q_2 k_2^T / \delta)$, where
+$\lambda = e^{a_1 b_1} - e^{a_2 b_2} + \lambda_{init}$ has learned vectors a and b. Each
+head's result then goes through an RMS norm of its own and is multiplied by
+$1 - \lambda_{init}$. Weights may be negative, rows sum to $1 - \lambda$ and columns to
+anything: this is not doubly stochastic.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -18,17 +17,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.attention.inputs import Inputs
+from asap_jax.attention.signature import attention_fn
 
 
 class DifferentialParameters(NamedTuple):
   """Learned parameters of a layer, shared by its heads: a pytree.
 
   Attributes:
-    query_1: a_1, `[dim / 2]`.
-    key_1: b_1, likewise.
-    query_2: a_2, likewise.
-    key_2: b_2, likewise.
+    query_1: $a_1$, `[dim / 2]`.
+    key_1: $b_1$, `[dim / 2]`.
+    query_2: $a_2$, `[dim / 2]`.
+    key_2: $b_2$, `[dim / 2]`.
     gain: of the RMS norm, `[features]`.
   """
 
@@ -40,7 +40,7 @@ class DifferentialParameters(NamedTuple):
 
 
 def lambda_init(layer: int) -> float:
-  """0.8 - 0.6 exp(-0.3 (layer - 1)), what lambda starts at.
+  """Start of lambda in a layer, $0.8 - 0.6 e^{-0.3 (layer - 1)}$.
 
   Args:
     layer: of the model, counted from one.
@@ -67,7 +67,7 @@ def differential_lambda(
 
 @attention_fn(any_mask=True, parts=2)
 def differential_attention(
-  call: Call,
+  inputs: Inputs,
   *,
   parameters: DifferentialParameters,
   initial: float = 0.8,
@@ -80,8 +80,9 @@ def differential_attention(
   and grad, in `parameters` too.
 
   Args:
-    call: all arguments of `asap_jax.softmax_attention`, any mask included; `scale` is
-      by default 1 / sqrt(dim / 2), and a bias is added to the logits of both maps.
+    inputs: all arguments of `asap_jax.attention.AttentionFn`, any mask included;
+      `scale` is by default 1 / sqrt(dim / 2), and a bias is added to the logits of both
+      maps.
     parameters: of the layer.
     initial: `lambda_init` of the layer; its limit for deep layers by default.
     normalise: whether each head's result is normalised and multiplied by 1 - initial.
@@ -93,18 +94,14 @@ def differential_attention(
     ValueError: as `asap_jax.softmax_attention`, and if the head dimension is odd or
       `parameters` do not fit.
   """
-  inputs = call.inputs
   _check_parameters(parameters, inputs.query.shape[-1], inputs.value.shape[-1])
-  halves = zip(
-    *(jnp.split(x, 2, axis=-1) for x in (inputs.query, inputs.key)), strict=True
+  halves = (jnp.split(x, 2, axis=-1) for x in (inputs.query, inputs.key))
+  logits = (
+    dataclasses.replace(inputs, query=query, key=key).logits
+    for query, key in zip(*halves, strict=True)
   )
-  first, second = (
-    jax.nn.softmax(
-      inputs._replace(query=query, key=key).logits, axis=-1, where=call.allowed
-    )
-    for query, key in halves
-  )
-  out = call.attend(first - differential_lambda(parameters, initial) * second)
+  first, second = (jax.nn.softmax(x, axis=-1, where=inputs.allowed) for x in logits)
+  out = inputs.attend(first - differential_lambda(parameters, initial) * second)
   if not normalise:
     return out
   wide = out.astype(first.dtype)

@@ -1,13 +1,11 @@
 """Sinkhorn attention as others run it: on the plain kernel, or by half-steps."""
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.attention.inputs import Inputs
+from asap_jax.attention.signature import attention_fn
 from asap_jax.c_transform.entropic import (
   Duals,
   c_transform,
@@ -17,48 +15,21 @@ from asap_jax.c_transform.entropic import (
   row_sums,
 )
 from asap_jax.masses import valid_pairs
-
-
-class KernelPlan(NamedTuple):
-  """Attention weights u_i K_ij v_j.
-
-  Attributes:
-    kernel: K, `[..., n, m]`.
-    rows: u, `[..., n]`.
-    columns: v, `[..., m]`.
-  """
-
-  kernel: Float[Array, "*batch n m"]
-  rows: Float[Array, "*batch n"]
-  columns: Float[Array, "*batch m"]
-
-  def dense(self) -> Float[Array, "*batch n m"]:
-    """The attention weights."""
-    return self.rows[..., None] * self.kernel * self.columns[..., None, :]
-
-  def apply(
-    self,
-    value: Float[Array, "*batch m features"],
-    precision: jax.lax.PrecisionLike = None,
-  ) -> Float[Array, "*batch n features"]:
-    """u (K (v value)), in the dtype of the values."""
-    scaled = self.columns[..., None] * value
-    out = jnp.einsum("...nm,...mv->...nv", self.kernel, scaled, precision=precision)
-    return (self.rows[..., None] * out).astype(value.dtype)
+from asap_jax.numerics import exact_einsum
 
 
 @attention_fn
-def kernel_sinkhorn_attention(call: Call, *, iterations: int = 20) -> Array:
-  """Sinkhorn's iterations on the kernel exp(S), as OTT-JAX's with `lse_mode=False`.
+def kernel_sinkhorn_attention(inputs: Inputs, *, iterations: int = 20) -> Array:
+  r"""Sinkhorn's iterations on the kernel $K = \exp(S)$: OTT-JAX's `lse_mode=False`.
 
-  (Cuturi, 2013, "Sinkhorn Distances".) Each is v = c / K^T u, u = r / K v, in float32
-  and without safeguards: entries more than about 87 below the largest logit of their
-  head vanish, so sharp logits give wrong plans, and rows that vanish as a whole
-  attend to nothing; `asap_jax.c_transform.scaling_domain` has the speed without the
-  limit. Works under jit, vmap and grad, by differentiating the unrolled iterations.
+  Each is $v = c / K^T u$, $u = r / K v$ (Cuturi, 2013, "Sinkhorn Distances"), without
+  safeguards in float32: entries more than about 87 below the largest logit of their
+  head vanish, so sharp logits give wrong plans, and rows that vanish as a whole attend
+  to nothing; `asap_jax.c_transform.scaling_domain` has the speed without the limit.
+  Works under jit, vmap and grad, by differentiating the unrolled iterations.
 
   Args:
-    call: all arguments of `asap_jax.softmax_attention`; see there, and
+    inputs: all arguments of `asap_jax.attention.AttentionFn`; see there, and
       `asap_jax.sinkhorn_attention` for the mask.
     iterations: full iterations, started at u = 1.
 
@@ -70,12 +41,11 @@ def kernel_sinkhorn_attention(call: Call, *, iterations: int = 20) -> Array:
   """
   if iterations < 1:
     raise ValueError(f"iterations={iterations}: expected at least one full iteration")
-  inputs = call.inputs
   masks = inputs.query_mask, inputs.key_mask
   logits, pairs = inputs.logits, valid_pairs(*masks)
   if pairs is not None:
     logits = jnp.where(pairs, logits, -jnp.inf)
-  # A constant that u takes back; without it float32 would overflow.
+  # Scaling K by a constant scales u by its inverse; without it float32 would overflow.
   highest = jax.lax.stop_gradient(logits.max((-2, -1), keepdims=True))
   kernel = jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0.0))
   n, m = kernel.shape[-2:]
@@ -84,34 +54,31 @@ def kernel_sinkhorn_attention(call: Call, *, iterations: int = 20) -> Array:
     for sums, size in ((row_sums(masks[0], n), n), (column_sums(*masks, n, m), m))
   )
 
-  # Not in TF32, which a GPU may take otherwise: sums decide the marginals.
-  einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
   def step(u, _):
-    v = _divide(columns, einsum("...nm,...n->...m", kernel, u))
-    return _divide(rows, einsum("...nm,...m->...n", kernel, v)), v
+    v = _divide(columns, exact_einsum("...nm,...n->...m", kernel, u))
+    return _divide(rows, exact_einsum("...nm,...m->...n", kernel, v)), v
 
   u, v = jax.lax.scan(step, jnp.ones_like(rows), length=iterations)
-  return call.attend(KernelPlan(kernel, u, v[-1]))
+  return inputs.attend(u[..., None] * kernel * v[-1][..., None, :])
 
 
 def _divide(marginal: Array, total: Array) -> Array:
-  """The quotient; where nothing is left of the kernel, the marginal, as OTT has it."""
+  """Quotient; where nothing is left of the kernel, the marginal, as OTT has it."""
   return marginal / jnp.where(total > 0, total, 1.0)
 
 
 @attention_fn
-def sinkformer_attention(call: Call, *, half_steps: int = 3) -> Array:
+def sinkformer_attention(inputs: Inputs, *, half_steps: int = 3) -> Array:
   """Sinkhorn cut to a number of half-steps, as Sinkformers count them.
 
-  (Sander et al., 2022, "Sinkformers", arXiv 2110.11773.) The first half-step scales the
-  rows, so that one is softmax attention, and they alternate: an odd number ends on
-  rows, which are then exact, an even one on columns. 2 T + 1 half-steps are softmax and
-  T full iterations started from its dual, where `asap_jax.sinkhorn_attention` starts
-  from zero. In the log domain; works under jit, vmap and grad.
+  The first half-step scales the rows, so that one is softmax attention, and they
+  alternate (Sander et al., 2022, "Sinkformers", arXiv 2110.11773): an odd number ends
+  on rows, which are then exact, an even one on columns. $2 T + 1$ half-steps are
+  softmax and T full iterations started from its dual; `asap_jax.sinkhorn_attention`
+  starts from zero. In the log domain; works under jit, vmap and grad.
 
   Args:
-    call: all arguments of `asap_jax.softmax_attention`; see there, and
+    inputs: all arguments of `asap_jax.attention.AttentionFn`; see there, and
       `asap_jax.sinkhorn_attention` for the mask.
     half_steps: row or column normalisations in all, at least one.
 
@@ -123,7 +90,6 @@ def sinkformer_attention(call: Call, *, half_steps: int = 3) -> Array:
   """
   if half_steps < 1:
     raise ValueError(f"half_steps={half_steps}: expected at least one")
-  inputs = call.inputs
   logits, masks = inputs.logits, (inputs.query_mask, inputs.key_mask)
   g = jnp.zeros((*logits.shape[:-2], logits.shape[-1]), logits.dtype)
   duals = Duals(c_transform(logits, g, *masks, to="query"), g)
@@ -131,4 +97,4 @@ def sinkformer_attention(call: Call, *, half_steps: int = 3) -> Array:
     duals = closures(logits, duals.f, (half_steps - 1) // 2, *masks)
   if half_steps % 2 == 0:
     duals = duals._replace(g=c_transform(logits, duals.f, *masks, to="key"))
-  return call.attend(plan(logits, duals, *masks))
+  return inputs.attend(plan(logits, duals, *masks))

@@ -1,4 +1,4 @@
-"""Flax NNX modules that hold what a peer learns, each an `attention_fn` of a layer.
+"""Flax NNX modules that hold a peer's parameters, each an `attention_fn` of a layer.
 
 They are called with the signature of `asap_jax.softmax_attention`, and their parameters
 train with the model's: `nnx.MultiHeadAttention(..., attention_fn=LOTAttention(...))`.
@@ -70,7 +70,7 @@ class LOTAttention(nnx.Module):
 
   @property
   def pivot(self) -> Pivot:
-    """The parameters as they stand."""
+    """Pivot of the current parameters."""
     return Pivot(self.points[...], self.masses[...])
 
   def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
@@ -112,7 +112,7 @@ class DifferentialAttention(nnx.Module):
 
   @property
   def parameters(self) -> DifferentialParameters:
-    """The parameters as they stand."""
+    """Current parameters, as `differential_attention` takes them."""
     query_1, key_1, query_2, key_2 = self.vectors[...]
     return DifferentialParameters(query_1, key_1, query_2, key_2, self.gain[...])
 

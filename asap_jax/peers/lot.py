@@ -1,16 +1,14 @@
-"""LOTFormer's attention: transport through a learned pivot, in linear time.
+r"""LOTFormer's attention: transport through a learned pivot, in linear time.
 
 Shahbazi et al., 2025, "LOTFormer: Doubly-Stochastic Linear Attention via Low-Rank
-Optimal Transport", arXiv 2509.23436. A pivot measure of r points z with masses p stands
-between queries and keys: with Gamma_1 the entropic plan from queries to pivot and
-Gamma_2 that from pivot to keys, the attention is n Gamma_1 diag(1 / p) Gamma_2, of rank
-r at most. Both factors are row-stochastic softmaxes with a dual for bias,
-
-  n Gamma_1 = softmax_k(q_i z_k + g_k),
-  diag(1 / p) Gamma_2 = softmax_j(z_k k_j + h_j),
-
-with g and h from Sinkhorn's iterations, so that rows of the product are exact after any
-number of them, and columns at convergence.
+Optimal Transport", arXiv 2509.23436. A pivot measure of r points z with masses p lies
+between queries and keys: with $\Gamma_1$ the entropic plan from queries to pivot and
+$\Gamma_2$ from pivot to keys, the attention is $n \Gamma_1 diag(1 / p) \Gamma_2$, of
+rank r at most. Both factors are row-stochastic softmaxes with a dual for bias,
+$n \Gamma_1 = softmax_k(q_i z_k + g_k)$ and
+$diag(1 / p) \Gamma_2 = softmax_j(z_k k_j + h_j)$, with g and h from Sinkhorn's
+iterations, so that rows of the product are exact after any number of them, and columns
+at convergence.
 """
 
 from typing import NamedTuple
@@ -19,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.attention.inputs import Inputs
+from asap_jax.attention.signature import attention_fn
 from asap_jax.c_transform.entropic import closures
-from asap_jax.masses import valid
+from asap_jax.masses import valid, zero_invalid
 
 
 class Pivot(NamedTuple):
@@ -48,7 +47,7 @@ class LowRankPlan(NamedTuple):
   right: Float[Array, "*batch r m"]
 
   def dense(self) -> Float[Array, "*batch n m"]:
-    """The attention weights."""
+    """Attention weights."""
     return self.left @ self.right
 
   def apply(
@@ -56,7 +55,7 @@ class LowRankPlan(NamedTuple):
     value: Float[Array, "*batch m features"],
     precision: jax.lax.PrecisionLike = None,
   ) -> Float[Array, "*batch n features"]:
-    """The weights times values from the right, in the dtype of the values."""
+    """Weights times values from the right, in the dtype of the values."""
     wide = value.astype(self.right.dtype)
     collected = jnp.einsum("...rm,...mv->...rv", self.right, wide, precision=precision)
     out = jnp.einsum("...nr,...rv->...nv", self.left, collected, precision=precision)
@@ -64,15 +63,15 @@ class LowRankPlan(NamedTuple):
 
 
 @attention_fn(takes_bias=False)
-def lot_attention(call: Call, *, pivot: Pivot, iterations: int = 5) -> Array:
+def lot_attention(inputs: Inputs, *, pivot: Pivot, iterations: int = 5) -> Array:
   """LOTFormer's attention (module docstring), O((n + m) r), for any n and m.
 
   Works under jit, vmap and grad, in `pivot` too.
 
   Args:
-    call: all arguments of `asap_jax.softmax_attention`, but `scale` and `epsilon` are
-      those of both products with the pivot, `bias` must be `None`, and the mask is as
-      in `asap_jax.sinkhorn_attention`.
+    inputs: all arguments of `asap_jax.attention.AttentionFn`, but `scale` and `epsilon`
+      are those of both products with the pivot, `bias` must be `None`, and the mask is
+      as in `asap_jax.sinkhorn_attention`.
     pivot: points and masses of each head.
     iterations: full Sinkhorn iterations of each of the two plans.
 
@@ -82,7 +81,6 @@ def lot_attention(call: Call, *, pivot: Pivot, iterations: int = 5) -> Array:
   Raises:
     ValueError: as `asap_jax.sinkhorn_attention`, and if `pivot` does not fit.
   """
-  inputs = call.inputs
   _check_pivot(pivot, inputs.query.shape)
   if iterations < 1:
     raise ValueError(f"iterations={iterations}: expected at least one")
@@ -92,24 +90,30 @@ def lot_attention(call: Call, *, pivot: Pivot, iterations: int = 5) -> Array:
     "...hnd,hrd->...hnr", inputs.query, points, precision=inputs.precision
   )
   to_keys = jnp.einsum(
-    "hrd,...hmd->...hrm", points, call.scale * inputs.key, precision=inputs.precision
+    "hrd,...hmd->...hrm", points, inputs.scale * inputs.key, precision=inputs.precision
   )
   left = _row_stochastic(to_pivot, iterations, inputs.query_mask, masses)
   right = _row_stochastic(to_keys, iterations, masses, inputs.key_mask)
-  return call.attend(LowRankPlan(left, right))
+  return inputs.attend(LowRankPlan(left, right))
 
 
 def _row_stochastic(
   logits: Array, iterations: int, rows: Array | None, columns: Array | None
 ) -> Array:
-  """The entropic plan with every row scaled to sum to one, zero at absent points."""
+  """Entropic plan with every row scaled to sum to one, zero at absent points."""
   start = jnp.zeros(logits.shape[:-1], logits.dtype)
   g = closures(logits, start, iterations, rows, columns).g
+  return softmax_with(g, logits, rows, columns)
+
+
+def softmax_with(
+  g: Array, logits: Array, rows: Array | None, columns: Array | None
+) -> Array:
+  """Softmax of logits that carry a dual of the keys, zero at absent points."""
   there = valid(columns)
   there = None if there is None else there[..., None, :]
   weights = jax.nn.softmax(logits + g[..., None, :], axis=-1, where=there)
-  there = valid(rows)
-  return weights if there is None else jnp.where(there[..., None], weights, 0.0)
+  return zero_invalid(weights, rows, axis=-2)
 
 
 def _check_pivot(pivot: Pivot, query_shape: tuple[int, ...]) -> None:

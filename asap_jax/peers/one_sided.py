@@ -1,24 +1,24 @@
 """One-sided compiled attention: a predicted key-side dual and one softmax pass."""
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from asap_jax.attention.signature import Call, attention_fn
+from asap_jax.attention.inputs import Inputs
+from asap_jax.attention.signature import attention_fn
 from asap_jax.dual_map.predict import DualMap, predict_dual
+from asap_jax.peers.lot import softmax_with
 
 
 @attention_fn
-def one_sided_attention(call: Call, *, dual_map: DualMap) -> Array:
+def one_sided_attention(inputs: Inputs, *, dual_map: DualMap) -> Array:
   """Softmax attention whose logits carry a predicted dual of the keys.
 
   The closure of `asap_jax.asap_attention` (Tran, Milkert and Hyde, 2026, arXiv
   2605.12879) computes g from a predicted f; here g itself is predicted, which saves
-  the pass over queries. Rows are exact; nothing corrects the columns, whose error is
-  that of the dual map. Works under jit, vmap and grad, in `dual_map` too.
+  the pass over queries. Rows are exact; nothing corrects the columns, so that the dual
+  map's error is theirs. Works under jit, vmap and grad, in `dual_map` too.
 
   Args:
-    call: all arguments of `asap_jax.softmax_attention`; see there, and
+    inputs: all arguments of `asap_jax.attention.AttentionFn`; see there, and
       `asap_jax.sinkhorn_attention` for the mask. The prediction does not see a bias.
     dual_map: parameters calibrated with roles swapped: its queries are the keys times
       scale / epsilon, its keys the queries without it, and its target the centred g of
@@ -30,7 +30,6 @@ def one_sided_attention(call: Call, *, dual_map: DualMap) -> Array:
   Raises:
     ValueError: as `asap_jax.sinkhorn_attention`, and if `dual_map` does not fit.
   """
-  inputs = call.inputs
   heads, _, dim = dual_map.directions.shape
   if (heads, dim) != (inputs.query.shape[-3], inputs.query.shape[-1]):
     raise ValueError(
@@ -39,13 +38,9 @@ def one_sided_attention(call: Call, *, dual_map: DualMap) -> Array:
     )
   g = predict_dual(
     dual_map,
-    inputs.key * call.scale,
-    inputs.query / call.scale,
+    inputs.key * inputs.scale,
+    inputs.query / inputs.scale,
     inputs.key_mask,
     inputs.query_mask,
   )
-  there = None if inputs.key_mask is None else inputs.key_mask[..., None, :]
-  weights = jax.nn.softmax(inputs.logits + g[..., None, :], axis=-1, where=there)
-  if inputs.query_mask is not None:
-    weights = jnp.where(inputs.query_mask[..., None], weights, 0.0)
-  return call.attend(weights)
+  return inputs.attend(softmax_with(g, inputs.logits, *inputs.masks))

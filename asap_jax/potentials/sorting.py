@@ -224,9 +224,9 @@ def search(
 ) -> Int[Array, "k *batch"]:
   """Number of points of each ascending sequence that are below each of the values."""
   batch = jnp.broadcast_shapes(ordered.shape[1:], values.shape[1:])
-  both = (
+  ordered, values = (
     jnp.broadcast_to(x, (x.shape[0], *batch)).reshape(x.shape[0], -1)
     for x in (ordered, values)
   )
-  found = jax.vmap(jnp.searchsorted, 1, 1)(*both)
-  return found.reshape(values.shape[0], *batch)
+  found = jax.vmap(jnp.searchsorted, 1, 1)(ordered, values)
+  return found.reshape(found.shape[0], *batch)

@@ -1,4 +1,4 @@
-"""The teacher: Sinkhorn's algorithm from OTT-JAX, for a fixed number of iterations.
+"""Sinkhorn's algorithm from OTT-JAX, for a fixed number of iterations: the teacher.
 
 A full iteration is g from f, then f from g, started at f = 0; some papers count the
 two halves. One iteration from f = 0 is not softmax: softmax is the second half alone.
@@ -15,21 +15,22 @@ from jaxtyping import Array, Float
 from asap_jax.c_transform.entropic import Duals
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.masses import (
-  Weights,
+  Masses,
   check_weights,
-  masses,
+  normalised,
   valid,
   valid_pairs,
   zero_invalid,
 )
+from asap_jax.numerics import float_dtype
 from asap_jax.teacher.gradient import unrolled_cotangents
 
 
 def sinkhorn_duals(
   logits: Float[Array, "*batch n m"],
   iterations: int,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   init: Float[Array, "..."] | None = None,
 ) -> Duals:
   """Duals after a fixed number of full Sinkhorn iterations (OTT-JAX, log domain).
@@ -42,7 +43,7 @@ def sinkhorn_duals(
     logits: S, `[..., n, m]`.
     iterations: full iterations, at least one.
     query_weights: `None`, mask or masses `[..., n]`.
-    key_weights: likewise, `[..., m]`.
+    key_weights: the same of the keys, `[..., m]`.
     init: query-side dual to start at, `[..., n]`; zero by default.
 
   Returns:
@@ -51,6 +52,11 @@ def sinkhorn_duals(
 
   Raises:
     ValueError: if `iterations` is below one or the weights do not fit the logits.
+
+  Example:
+    >>> duals = sinkhorn_duals(jnp.zeros((3, 3)), 20)
+    >>> (3 * jnp.exp(duals.f + duals.g)).round(3).tolist()
+    [1.0, 1.0, 1.0]
   """
   if iterations < 1:
     raise ValueError(f"iterations={iterations}: expected at least one full iteration")
@@ -58,12 +64,12 @@ def sinkhorn_duals(
   check_weights("query_weights", query_weights, n)
   check_weights("key_weights", key_weights, m)
   batch = logits.shape[:-2]
-  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  dtype = float_dtype(logits)
   pairs = valid_pairs(query_weights, key_weights)
   logits = logits.astype(dtype)
   if pairs is not None:
     logits = jnp.where(pairs, logits, 0.0)
-  a, b = masses(query_weights, n), masses(key_weights, m)
+  a, b = normalised(query_weights, n), normalised(key_weights, m)
   f = jnp.zeros((n,), dtype) if init is None else init.astype(dtype)
   f, a = (jnp.broadcast_to(array, (*batch, n)) for array in (f, a))
   b = jnp.broadcast_to(b, (*batch, m))
@@ -116,7 +122,8 @@ def _iterate(
 
 def _iterate_forward(iterations, logits, a, b, start):
   f, g = _iterate(iterations, logits, a, b, start)
-  return (f, g), (logits, a, b, start, f, g)
+  # JAX (0.10) mixes up residuals that are inputs where it differentiates a loop twice.
+  return (f, g), jax.lax.optimization_barrier((logits, a, b, start, f, g))
 
 
 def _iterate_backward(iterations, residuals, cotangents):
@@ -130,8 +137,8 @@ _iterate.defvjp(_iterate_forward, _iterate_backward)
 def sinkhorn_source_dual(
   logits: Float[Array, "*batch n m"],
   iterations: int,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
 ) -> Float[Array, "*batch n"]:
   """The query-side dual that the last of `iterations` full iterations consumed.
 
@@ -140,10 +147,10 @@ def sinkhorn_source_dual(
   several times faster than `sinkhorn_duals`. Works under jit, vmap and grad.
 
   Args:
-    logits: see `sinkhorn_duals`, as all arguments.
-    iterations: likewise.
-    query_weights: likewise.
-    key_weights: likewise.
+    logits: S, `[..., n, m]`.
+    iterations: full iterations, at least one.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: the same of the keys, `[..., m]`.
 
   Returns:
     f, `[..., n]`, zero on absent queries; zero everywhere for a single iteration.
@@ -155,7 +162,7 @@ def sinkhorn_source_dual(
     raise ValueError(f"iterations={iterations}: expected at least one full iteration")
   check_weights("query_weights", query_weights, logits.shape[-2])
   check_weights("key_weights", key_weights, logits.shape[-1])
-  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  dtype = float_dtype(logits)
   start = jnp.zeros(logits.shape[:-1], dtype)
   if iterations == 1:
     return start

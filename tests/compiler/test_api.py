@@ -14,7 +14,7 @@ from asap_jax.compiler.sites import find_sinkhorn
 
 SLICES, DIM = 4, models.WIDTH // models.HEADS
 SIZES = range(models.HEADS)
-compile = functools.partial(asap_jax.compile, refine=False, progress=False)
+compile = functools.partial(asap_jax.compile, refine_steps=0, progress=False)
 
 
 def one_layer():

@@ -8,7 +8,7 @@ from helpers import models
 
 import asap_jax
 
-compile = functools.partial(asap_jax.compile, refine=False, progress=False)
+compile = functools.partial(asap_jax.compile, refine_steps=0, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_mask_that_is_no_product_is_refused(model):
   ("options", "message"),
   [
     ({"slices": 0}, "slices=0: expected at least 1"),
-    ({"slices": 9}, "slices=9: heads of dimension 8.*quasi_monte_carlo"),
+    ({"slices": 9}, "slices=9: heads of dimension 8.*orthogonal"),
     ({"features": ("sorted",)}, "expected some of"),
     ({"ridge": 0.0}, "ridge=0.*positive"),
   ],

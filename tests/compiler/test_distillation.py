@@ -116,7 +116,7 @@ def test_dropout_is_off_and_the_mode_of_the_model_stays():
   teacher = models.toy(dropout_rate=0.5)
   batches = models.batches()[:3]
   model, _ = asap_jax.compile(
-    teacher, batches, 4, features=FEATURES, refine=False, progress=False
+    teacher, batches, 4, features=FEATURES, refine_steps=0, progress=False
   )
   result = distil(model, teacher, batches, 1)
   assert not result.model.blocks[0].attention.deterministic

@@ -9,13 +9,9 @@ import pytest
 from helpers import oracles
 
 import asap_jax
-from asap_jax.compiler.fidelity import (
-  Operator,
-  operator_milliseconds,
-  operator_of,
-  plan_of,
-)
-from asap_jax.compiler.sites import Activation
+from asap_jax.attention.inputs import Activation
+from asap_jax.compiler.fidelity import operator_milliseconds, plan_of
+from asap_jax.compiler.operators import Sinkhorn, Softmax, operator_of
 
 SHAPE = (2, 3, 6, 4)
 QUERY, KEY = (
@@ -43,9 +39,9 @@ def test_sinkhorn_plan(iterations):
 
 
 def test_iterations_that_are_not_bound_are_the_default():
-  assert operator_of(asap_jax.sinkhorn_attention) == Operator("ott", 20)
+  assert operator_of(asap_jax.sinkhorn_attention) == Sinkhorn(20, "ott")
   scaling = functools.partial(asap_jax.sinkhorn_attention, implementation="xla")
-  assert operator_of(scaling) == Operator("sinkhorn", 20)
+  assert operator_of(scaling) == Sinkhorn(20, "xla")
 
 
 def test_compiled_operator_is_its_dual_map():
@@ -53,7 +49,7 @@ def test_compiled_operator_is_its_dual_map():
   held = operator_of(asap_jax.AsapAttention(dual_map))
   plan = plan_of(ACTIVATION, held)
   # A map that predicts nothing leaves one iteration from zero.
-  once = plan_of(ACTIVATION, Operator("sinkhorn", 1))
+  once = plan_of(ACTIVATION, Sinkhorn(1))
   np.testing.assert_allclose(plan, once, atol=1e-6)
 
 
@@ -63,7 +59,7 @@ def test_other_functions_are_refused():
 
 
 def test_times_are_measured_for_each_operator():
-  operators = [Operator("softmax"), Operator("sinkhorn", 2)]
+  operators = [Softmax(), Sinkhorn(2), Sinkhorn(2, "ott")]
   times = operator_milliseconds(ACTIVATION, operators, repeats=1)
-  assert len(times) == 2
+  assert len(times) == 3
   assert min(times) > 0.0

@@ -63,7 +63,7 @@ def teacher():
 def compiled():
   """The toy model compiled in the plain form, shared by tests that do not change it."""
   return asap_jax.compile(
-    teacher(), batches(), 4, features=FEATURES, refine=False, progress=False
+    teacher(), batches(), 4, features=FEATURES, refine_steps=0, progress=False
   )
 
 

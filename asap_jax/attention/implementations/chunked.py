@@ -17,8 +17,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.c_transform.entropic import check_closures, column_sums, row_sums
-from asap_jax.masses import Weights, check_weights, zero_invalid
+from asap_jax.attention.implementations.blocks import block_size
+from asap_jax.c_transform.entropic import (
+  LOG_ZERO,
+  check_closures,
+  column_sums,
+  row_sums,
+)
+from asap_jax.masses import Masses, check_weights, zero_invalid
+from asap_jax.numerics import float_dtype
 
 # Scores computed at a time: on a CPU they stay in its cache; elsewhere 64 MiB of
 # float32 keep a device busy.
@@ -26,8 +33,6 @@ _CPU_BUDGET = 2**20
 _BUDGET = 2**24
 # A chunk of fewer points is a slow matrix product: fewer heads at a time come first.
 _LEAST_CHUNK = 64
-# Stands for log 0, as in `c_transform`.
-_LOG_ZERO = -1e30
 
 
 class _Problem(NamedTuple):
@@ -49,8 +54,8 @@ def chunked_attention(
   value: Float[Array, "*batch m features"],
   f: Float[Array, "*batch n"],
   count: int = 1,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   *,
   bias: Float[Array, "..."] | None = None,
   relaxation: Float[Array, "..."] | None = None,
@@ -87,7 +92,7 @@ def chunked_attention(
   check_weights("query_weights", query_weights, n)
   check_weights("key_weights", key_weights, m)
   batch = query.shape[:-2]
-  dtype = jnp.promote_types(jnp.result_type(query, key, f), jnp.float32)
+  dtype = float_dtype(query, key, f)
   rows, columns = (
     jnp.broadcast_to(sums.astype(dtype), (*batch, size))
     for sums, size in (
@@ -147,7 +152,7 @@ def _attend(
       # A bias between absent points may hold anything.
       pairs = (jnp.take(here, positions, -1) > 0)[..., None] & (there > 0)[..., None, :]
       logits = jnp.where(pairs, logits + biases, 0.0)
-    return logits + jnp.where(there > 0, dual, _LOG_ZERO)[..., None, :]
+    return logits + jnp.where(there > 0, dual, LOG_ZERO)[..., None, :]
 
   def transform(dual, source):
     target, sums = (query, rows) if source == "key" else (key, columns)
@@ -218,8 +223,7 @@ def _by_groups(
 ) -> Array:
   """`function` of at most `most` of the leading batch axis at a time."""
   total = problem.query.shape[0]
-  # Groups of one size, lest the remainder be compiled by itself.
-  group = next(s for s in range(max(min(most, total), 1), 0, -1) if total % s == 0)
+  group = block_size(total, most)
 
   def split(array):
     return array if group == 1 else array.reshape(-1, group, *array.shape[1:])

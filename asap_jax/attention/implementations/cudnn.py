@@ -21,7 +21,8 @@ from asap_jax.attention.implementations.cudnn_sums import (
   values,
 )
 from asap_jax.c_transform.entropic import check_closures, column_sums, row_sums
-from asap_jax.masses import Weights, check_weights, zero_invalid
+from asap_jax.masses import Masses, check_weights, zero_invalid
+from asap_jax.numerics import float_dtype
 
 
 class _Static(NamedTuple):
@@ -46,8 +47,8 @@ def cudnn_attention(
   value: Float[Array, "*batch m features"],
   f: Float[Array, "*batch n"],
   count: int = 1,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   *,
   bias: None = None,
   relaxation: Float[Array, "..."] | None = None,
@@ -151,7 +152,8 @@ def _attend(static: _Static, *arrays: Array | None) -> Array:
 
 
 def _attend_forward(static, *arrays):
-  return _attend(static, *arrays), arrays
+  # As in `asap_jax.teacher.sinkhorn`: residuals that are inputs are mixed up in loops.
+  return _attend(static, *arrays), jax.lax.optimization_barrier(arrays)
 
 
 def _attend_backward(static, arrays, cotangent):
@@ -167,7 +169,7 @@ def _chunked(
 ) -> Array:
   """The same in plain XLA, for gradients and where shares leave their range."""
   *weights, relaxation = rest
-  wide = jnp.promote_types(f.dtype, jnp.float32)
+  wide = float_dtype(f)
   return chunked_attention(
     query.astype(wide) * static.scale,
     key.astype(wide),

@@ -1,15 +1,14 @@
-"""Which implementation of the fused attention runs: named, or the best available.
+"""The implementation of the closures that runs: named, or the best available.
 
-- `"xla"`: `asap_jax.attention.implementations.xla`, with an n x m kernel; any dtype and
-  device.
-- `"chunked"`: `asap_jax.attention.implementations.chunked`, O(n + m) memory in plain
-  XLA; any dtype and device.
-- `"cudnn"`: `asap_jax.attention.implementations.cudnn`, O(n + m) memory, cuDNN's fused
-  kernels; bfloat16 and float16 on an NVIDIA GPU.
+- `"xla"`: an n x m kernel; any dtype and device.
+- `"chunked"`: O(n + m) memory in plain XLA; any dtype and device.
+- `"cudnn"`: O(n + m) memory, cuDNN's fused kernels; bfloat16 and float16 on an NVIDIA
+  GPU.
 
 All three are one function up to rounding.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, Literal, get_args
@@ -18,8 +17,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from asap_jax.attention.implementations.cudnn import fused_attention, unsupported
+from asap_jax.attention.implementations import xla_short
+from asap_jax.attention.implementations.chunked import chunked_attention
+from asap_jax.attention.implementations.cudnn import (
+  cudnn_attention,
+  fused_attention,
+  unsupported,
+)
 from asap_jax.attention.implementations.cudnn_sums import head_dim
+from asap_jax.attention.implementations.xla import scaled_attention
+from asap_jax.attention.inputs import Inputs
+from asap_jax.c_transform.scaling_domain import scaled_plan
+from asap_jax.dual_map.predict import DualMap
 
 Implementation = Literal["xla", "chunked", "cudnn"]
 
@@ -29,6 +38,78 @@ _DENSE = 2**28
 _DENSE_HEAD = 2**26
 # Below this length two fused calls a closure are not worth their overhead.
 _CUDNN_LENGTH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedPlan:
+  """The plan of some closures, to be applied to values without being formed.
+
+  Attributes:
+    inputs: queries, keys, bias and masks.
+    f: query-side dual to start at, `[batch..., heads, n]`.
+    count: closures.
+    relaxation: between them, as in `asap_jax.closures`.
+    implementation: a name, or `None` for the best.
+    dual_map: what predicted f, to be fused with the closures where that is faster; or
+      `None`.
+  """
+
+  inputs: Inputs
+  f: Array
+  count: int
+  relaxation: Array | None = None
+  implementation: Implementation | None = None
+  dual_map: DualMap | None = None
+
+  def dense(self) -> Array:
+    """Weights, `[batch..., heads, n, m]`."""
+    logits, masks = self.inputs.logits, self.inputs.masks
+    return scaled_plan(
+      logits, self.f, self.count, *masks, relaxation=self.relaxation
+    ).dense()
+
+  def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
+    """Weights times values, by the implementation that is named or best.
+
+    Raises:
+      ValueError: if the named implementation cannot serve (`choose`).
+    """
+    close = functools.partial(self._close, precision=precision)
+    dual_map, inputs = self.dual_map, self.inputs
+    n, m = inputs.query.shape[-2], inputs.key.shape[-2]
+    short = self.chosen == "xla" and xla_short.is_short(self.count, n, m)
+    if not short or dual_map is None or dual_map.network is not None:
+      return close(value)
+    predict_and_close = functools.partial(
+      xla_short.predicted_values, dual_map, inputs, precision=precision
+    )
+    return jax.lax.platform_dependent(value, cpu=predict_and_close, default=close)
+
+  def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
+    inputs = self.inputs
+    options: dict[str, Any] = {
+      "bias": inputs.bias,
+      "relaxation": self.relaxation,
+      "precision": precision,
+    }
+    functions = {"xla": scaled_attention, "chunked": chunked_attention}
+    attend = functions.get(self.chosen, cudnn_attention)
+    tokens: tuple[Array, Array] = inputs.query, inputs.key
+    if attend is cudnn_attention:
+      tokens, options["scale"] = _narrow(inputs), inputs.scale
+    return attend(*tokens, value, self.f, self.count, *inputs.masks, **options)
+
+  @functools.cached_property
+  def chosen(self) -> Implementation:
+    """The implementation that serves."""
+    inputs = self.inputs
+    arrays = *_narrow(inputs), inputs.value
+    return choose(self.implementation, *arrays, bias=inputs.bias, scale=inputs.scale)
+
+
+def _narrow(inputs: Inputs) -> tuple[Array, Array]:
+  # The keys came in this dtype: nothing is rounded.
+  return inputs.unscaled, inputs.key.astype(inputs.unscaled.dtype)
 
 
 def choose(
@@ -83,12 +164,6 @@ def choose(
   else:
     entries, most = math.prod(query.shape[:-2]) * n * m, _DENSE
   return "chunked" if entries > most else "xla"
-
-
-def available() -> dict[str, str | None]:
-  """For each implementation why JAX's default device has it not, or `None`."""
-  no_cudnn = _no_cudnn(_platform(None), jnp.dtype(jnp.bfloat16), _CUDNN_LENGTH)
-  return {"xla": None, "chunked": None, "cudnn": no_cudnn}
 
 
 def _platform(array: Array | None) -> str:

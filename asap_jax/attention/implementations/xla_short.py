@@ -2,20 +2,56 @@
 
 XLA fuses it on a CPU, the products included, to one loop over the heads with everything
 in the cache: sums, maxima and exponentials, but no branch and no loop of its own. So it
-has no range to leave, unlike `asap_jax.c_transform.scaling_domain`, and takes two
-exponentials of a pair a closure. Its memory is that of the logits where XLA does not
-fuse.
+has no range to leave, unlike the scaling domain, and takes two exponentials of a pair a
+closure. Its memory is that of the logits where XLA does not fuse.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.c_transform.entropic import row_sums
-from asap_jax.masses import Weights, masses, zero_invalid
+from asap_jax.attention.inputs import Activation
+from asap_jax.c_transform.entropic import LOG_ZERO, row_sums
+from asap_jax.dual_map.predict import DualMap, linear_dual
+from asap_jax.masses import Masses, normalised, zero_invalid
+from asap_jax.numerics import float_dtype
 
-# Stands for log 0, as in `c_transform`.
-_LOG_ZERO = -1e30
+# Pairs of a head, and closures, up to which XLA makes one loop over the heads.
+_SHORT, _FEW = 2**16, 3
+
+
+def is_short(count: int, n: int, m: int) -> bool:
+  """Whether XLA fuses so many closures of such sequences to one loop on a CPU."""
+  return count <= _FEW and n * m <= _SHORT
+
+
+def predicted_values(
+  dual_map: DualMap,
+  seen: Activation,
+  value: Float[Array, "*batch heads m features"],
+  precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*batch heads n features"]:
+  """Values under the closures of a linear map's dual, the prediction fused with them.
+
+  The same as `predict_dual` and `closed_values`, but the cumulants read the logits'
+  products instead of a covariance, and f is not centred: an arbitrary constant per
+  sequence and head, cancelled by the next closure, while a reduction over queries would
+  end XLA's loop. GAIN.
+
+  Args:
+    dual_map: without a network, whose inputs would be kept in memory.
+    seen: queries, keys, bias and masks.
+    value: `[..., heads, m, features]`; those of absent keys may hold anything.
+    precision: of the product with the values.
+
+  Returns:
+    `[..., heads, n, features]`.
+  """
+  products = seen.products
+  f = linear_dual(dual_map, seen.query, seen.key, *seen.masks, products=products)
+  logits = products if seen.bias is None else products + seen.bias
+  count, relaxation = dual_map.closures, dual_map.relaxation
+  return closed_values(logits, f, value, count, relaxation, *seen.masks, precision)
 
 
 def closed_values(
@@ -24,11 +60,11 @@ def closed_values(
   value: Float[Array, "*#batch m features"],
   count: int,
   relaxation: Float[Array, "..."] | None = None,
-  query_weights: Weights = None,
-  key_weights: Weights = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
   precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*batch n features"]:
-  """Values weighted by the plan of `asap_jax.c_transform.closures`.
+  """Values weighted by the plan of `asap_jax.closures`.
 
   The last closure normalises columns, and its rows are then those of softmax. Works
   under jit, vmap and grad.
@@ -46,16 +82,16 @@ def closed_values(
   Returns:
     `[..., n, features]` in the dtype of `value`, zero at absent queries.
   """
-  dtype = jnp.promote_types(jnp.promote_types(logits.dtype, f.dtype), jnp.float32)
+  dtype = float_dtype(logits, f)
   logits = logits.astype(dtype)
   rows = row_sums(query_weights, logits.shape[-2])
   log_rows = _log(rows)
   # Whatever the number of queries: rows are normalised in the end.
-  log_columns = _log(masses(key_weights, logits.shape[-1]))
+  log_columns = _log(normalised(key_weights, logits.shape[-1]))
 
   def scores_of(f):
     if query_weights is not None:
-      f = jnp.where(rows > 0, f, _LOG_ZERO)
+      f = jnp.where(rows > 0, f, LOG_ZERO)
     scores = jax.nn.log_softmax(logits + f[..., None], axis=-2)
     return scores if key_weights is None else scores + log_columns[..., None, :]
 
@@ -84,7 +120,7 @@ def closed_values(
 
 
 def _log(sums: Array) -> Array:
-  return jnp.where(sums > 0, jnp.log(jnp.where(sums > 0, sums, 1.0)), _LOG_ZERO)
+  return jnp.where(sums > 0, jnp.log(jnp.where(sums > 0, sums, 1.0)), LOG_ZERO)
 
 
 def _largest(scores: Array) -> Array:

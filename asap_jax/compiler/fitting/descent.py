@@ -179,15 +179,11 @@ def refine(
 def mean_kl(dual_map: DualMap, sample: Sample) -> jax.Array:
   """KL(teacher || closed plan), mean over heads and valid rows; differentiable."""
   activation = sample.activation
-  masks = activation.query_mask, activation.key_mask
-  tokens, products = (activation.query, activation.key), activation.products
-  f_hat = predict_dual(dual_map, *tokens, *masks, products=products)
+  masks = activation.masks
+  f_hat = predict_dual(dual_map, activation.query, activation.key, *masks)
+  count, relaxation = dual_map.closures, dual_map.relaxation
   closed = scaled_plan(
-    activation.logits,
-    f_hat,
-    dual_map.closures,
-    *masks,
-    relaxation=dual_map.relaxation,
+    activation.logits, f_hat, count, *masks, relaxation=relaxation
   ).duals
   gained = closed.f.sum() + jnp.sum(closed.g * sample.columns)
   rows = zero_invalid(jnp.ones(activation.query.shape[:-1]), masks[0]).sum()

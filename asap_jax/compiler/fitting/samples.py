@@ -1,26 +1,28 @@
-"""What refinement keeps of a teacher's calls, and draws its minibatches from."""
+"""Samples of a teacher's calls that refinement keeps, and minibatches of them."""
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from asap_jax.attention.inputs import Activation
 from asap_jax.c_transform.entropic import closure, plan
-from asap_jax.compiler.sites import Activation
 from asap_jax.teacher.sinkhorn import sinkhorn_source_dual
 
 
 class Sample(NamedTuple):
-  """Calls of a layer, with what refinement needs of its teacher.
+  """Calls of a layer, with the sums of its teacher's plans that refinement needs.
 
   Attributes:
     activation: queries, keys and masks.
     columns: column sums of the teacher's plan, `[batch, heads, m]`.
-    constant: the part of KL(teacher || operator) that the operator does not change,
-      summed over heads and rows, `[batch]`.
+    constant: part of KL(teacher || operator) that the operator does not change, summed
+      over heads and rows, `[batch]`.
   """
 
   activation: Activation
@@ -35,15 +37,16 @@ class Sample(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="iterations")
 def sample_of(activation: Activation, iterations: int) -> Sample:
-  """The sample of one call, for a teacher of so many full iterations."""
-  logits = activation.logits
-  masks = activation.query_mask, activation.key_mask
+  """Sample of one call, for a teacher of so many full iterations."""
+  logits, masks = activation.logits, activation.masks
   source = sinkhorn_source_dual(logits, iterations, *masks)
   duals = closure(logits, source, *masks)
   teacher = plan(logits, duals, *masks)
   columns = teacher.sum(-2)
   entropy = jnp.sum(duals.f * teacher.sum(-1), -1) + jnp.sum(duals.g * columns, -1)
-  return Sample(activation._replace(is_product=None), columns, entropy.sum(-1))
+  return Sample(
+    dataclasses.replace(activation, is_product=None), columns, entropy.sum(-1)
+  )
 
 
 def host_bytes(sample: Sample) -> int:
@@ -64,38 +67,24 @@ def pooled(samples: Iterable[Sample]) -> list[Sample]:
   ]
 
 
-class Minibatches:
-  """Endless minibatches from pools of samples, without replacement in each pass.
+def minibatches(
+  pools: Sequence[Sample], size: int, random: np.random.Generator
+) -> Iterator[Sample]:
+  """Endless minibatches on the host, without replacement in each pass over the pools.
 
-  Args:
-    pools: of which each minibatch comes from one; see `pooled`.
-    size: sequences in a minibatch; fewer where a pool has fewer.
-    random: generator that draws the order.
+  Each comes from one pool and holds `size` sequences, or all of a smaller pool: every
+  other size would be compiled for itself.
   """
+  while True:
+    waiting = []
+    for pool in pools:
+      count = min(size, pool.size)
+      order = random.permutation(pool.size)
+      for start in range(0, pool.size - count + 1, count):
+        waiting.append((pool, np.sort(order[start : start + count])))
+    random.shuffle(waiting)
+    for pool, rows in reversed(waiting):
+      yield jax.tree.map(operator.itemgetter(rows), pool)
 
-  def __init__(self, pools: Sequence[Sample], size: int, random: np.random.Generator):
-    self._pools = pools
-    self._size = size
-    self._random = random
-    self._waiting: list[tuple[int, np.ndarray]] = []
 
-  def __next__(self) -> Sample:
-    """The next minibatch, on the host."""
-    if not self._waiting:
-      self._waiting = [
-        (index, np.sort(rows))
-        for index, pool in enumerate(self._pools)
-        for rows in self._rows(pool.size)
-      ]
-      self._random.shuffle(self._waiting)
-    index, rows = self._waiting.pop()
-    return jax.tree.map(lambda leaf: leaf[rows], self._pools[index])
-
-  def __iter__(self) -> "Minibatches":
-    return self
-
-  def _rows(self, count: int) -> list[np.ndarray]:
-    # Whole minibatches only: another size would be compiled anew.
-    size = min(self._size, count)
-    order = self._random.permutation(count)
-    return [order[i : i + size] for i in range(0, count - size + 1, size)]
+Minibatches = minibatches

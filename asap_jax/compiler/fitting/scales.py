@@ -1,4 +1,4 @@
-"""The scale of each parameter of a dual map, such that one learning rate fits all."""
+"""Scale of each parameter of a dual map, such that one learning rate fits all."""
 
 from dataclasses import replace
 
@@ -9,47 +9,43 @@ from asap_jax.compiler.fitting.samples import Sample
 from asap_jax.dual_map.features import dual_features, features_of
 from asap_jax.dual_map.network import context_of, init_network
 from asap_jax.dual_map.predict import DualMap, predict_dual
-from asap_jax.masses import Weights, mean
+from asap_jax.masses import Masses, mean
 
 
 def add_network(
   dual_map: DualMap, sample: Sample, hidden: int, rng: jax.Array
 ) -> DualMap:
-  """`dual_map` with a fresh network, which changes no prediction yet.
+  """Linear `dual_map` with a fresh network, which changes no prediction yet.
 
-  Args:
-    dual_map: linear.
-    sample: queries and keys whose deviations scale the network's inputs.
-    hidden: units of the hidden layer.
-    rng: PRNG key.
+  The deviations of the sample's queries and keys scale the network's inputs.
 
   Raises:
     ValueError: if `hidden` is below two.
   """
   heads, _, dim = dual_map.directions.shape
   network = init_network(rng, heads, dim, dual_map.weights.shape[-1], hidden)
-  scale = parameter_scale(replace(dual_map, network=network), sample).network
   # Encoders first: the scale of the context depends on them.
-  encoders = ("query_kernel", "query_bias", "key_kernel", "key_bias")
-  scaled = {name: getattr(network, name) * getattr(scale, name) for name in encoders}
-  network = replace(network, **scaled)
-  scale = parameter_scale(replace(dual_map, network=network), sample).network
-  rest = ("feature_kernel", "context_kernel", "output")
-  scaled = {name: getattr(network, name) * getattr(scale, name) for name in rest}
-  typical = _context(replace(dual_map, network=network), sample).mean(0)
-  network = replace(network, context_shift=typical, **scaled)
-  return replace(dual_map, network=network)
+  for names in (
+    ("query_kernel", "query_bias", "key_kernel", "key_bias"),
+    ("feature_kernel", "context_kernel", "output"),
+  ):
+    scale = parameter_scale(replace(dual_map, network=network), sample).network
+    scaled = {name: getattr(network, name) * getattr(scale, name) for name in names}
+    network = replace(network, **scaled)
+  dual_map = replace(dual_map, network=network)
+  typical = _context(dual_map, sample).mean(0)
+  return replace(dual_map, network=replace(network, context_shift=typical))
 
 
 @jax.jit
 def parameter_scale(dual_map: DualMap, sample: Sample) -> DualMap:
-  """What each parameter is, in natural units, where its standardised form is one.
+  """Scale of each parameter: parameter = scale x standardised value.
 
-  Weights count relative to the deviations of their input over the sample and of the
-  dual that `dual_map` predicts; directions and relaxation have no units.
+  Weights are scaled by the inverse deviation of their input over the sample, and those
+  whose output is the dual by the deviation of the dual that `dual_map` predicts;
+  directions and relaxation have scale one.
   """
-  activation = sample.activation
-  masks = activation.query_mask, activation.key_mask
+  activation, masks = sample.activation, sample.activation.masks
   tokens = activation.query, activation.key
   features = dual_features(*tokens, dual_map.directions, dual_map.features, *masks)
   of_features = _deviation(features, masks[0])
@@ -75,16 +71,18 @@ def parameter_scale(dual_map: DualMap, sample: Sample) -> DualMap:
 
 @jax.jit
 def _context(dual_map: DualMap, sample: Sample) -> jax.Array:
-  """`[batch, heads, context]`."""
-  activation = sample.activation
-  masks = activation.query_mask, activation.key_mask
+  """Context of each sequence, `[batch, heads, context]`."""
+  activation, masks = sample.activation, sample.activation.masks
   tokens = activation.query, activation.key
   features = features_of(*tokens, dual_map.directions, dual_map.features, *masks)
   return context_of(dual_map.network, features, *tokens, masks[1])
 
 
-def _deviation(values: jax.Array, weights: Weights) -> jax.Array:
-  """Of each column of `[batch, heads, n, columns]`: `[heads, columns]`, one if zero."""
+def _deviation(values: jax.Array, weights: Masses) -> jax.Array:
+  """Deviations of the columns of `[batch, heads, n, columns]`, one where they are zero.
+
+  `[heads, columns]`.
+  """
   centred = values - mean(values, weights, axis=-2).mean(0)
   power = mean(centred**2, weights, axis=-2).mean((0, 2))
   return jnp.sqrt(jnp.where(power > 1e-12, power, 1.0))

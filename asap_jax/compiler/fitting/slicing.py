@@ -1,13 +1,14 @@
-"""Drawing the directions of every layer of a teacher."""
+"""Directions of every layer of a teacher, as they are drawn at first."""
 
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from asap_jax.compiler.recording import Layer, Observer
-from asap_jax.compiler.sites import Activation
+from asap_jax.attention.inputs import Activation
+from asap_jax.compiler.recording import Observer
 from asap_jax.masses import centre
+from asap_jax.numerics import exact_einsum
 from asap_jax.potentials import directions as slicing
 
 DirectionKind = Literal["principal", "gaussian", "orthogonal"]
@@ -35,11 +36,10 @@ def draw_directions(
     raise ValueError(
       f"directions={kind!r}: expected 'principal', 'gaussian' or 'orthogonal'"
     )
-  layers: list[Layer] = teacher.layers
-  keys = jax.random.split(jax.random.key(seed), len(layers))
+  keys = jax.random.split(jax.random.key(seed), len(teacher.layers))
   return [
     draw(key, layer.heads, slices, layer.dim)
-    for key, layer in zip(keys, layers, strict=True)
+    for key, layer in zip(keys, teacher.layers, strict=True)
   ]
 
 
@@ -60,18 +60,16 @@ def _principal(teacher: Observer, slices: int) -> list[jax.Array]:
 
 @jax.jit
 def _second_moments(activation: Activation) -> jax.Array:
-  """Of centred queries and of centred keys, `[2, heads, dim, dim]`."""
+  """Second moments of centred queries and of centred keys, `[2, heads, dim, dim]`."""
   moments = []
-  for points, mask in (
-    (activation.query, activation.query_mask),
-    (activation.key, activation.key_mask),
-  ):
+  pairs = zip((activation.query, activation.key), activation.masks, strict=True)
+  for points, mask in pairs:
     centred = centre(points, mask, axis=-2)
-    moments.append(jnp.einsum("bhnd,bhne->hde", centred, centred, precision="highest"))
+    moments.append(exact_einsum("bhnd,bhne->hde", centred, centred))
   return jnp.stack(moments)
 
 
 def _balanced(moments: jax.Array) -> jax.Array:
-  """Queries and keys count the same, whatever their scales."""
+  """Sum in which queries and keys count alike, whatever their scales."""
   traces = jnp.trace(moments, axis1=-2, axis2=-1)[..., None, None]
   return (moments / jnp.where(traces > 0, traces, 1.0)).sum(0)

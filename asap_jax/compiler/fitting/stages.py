@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from asap_jax.attention.inputs import Activation
 from asap_jax.compiler.fitting.descent import Refiner
 from asap_jax.compiler.fitting.objective import objective_sample
 from asap_jax.compiler.fitting.ridge import (
@@ -23,7 +24,6 @@ from asap_jax.compiler.fitting.samples import Sample, host_bytes, pooled, sample
 from asap_jax.compiler.fitting.scales import add_network
 from asap_jax.compiler.fitting.slicing import DirectionKind, draw_directions
 from asap_jax.compiler.recording import Layer, Observer
-from asap_jax.compiler.sites import Activation
 from asap_jax.dual_map.features import dual_features, feature_count
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.masses import centre

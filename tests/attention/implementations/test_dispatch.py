@@ -11,14 +11,12 @@ from helpers import references
 from helpers.fused_stand_in import fused
 
 from asap_jax import AsapAttention, DualMap, asap_attention, sinkhorn_attention
-from asap_jax.attention import inputs as attention_inputs
-from asap_jax.attention.implementations import chunked
-from asap_jax.attention.implementations import cudnn_sums as fused_calls
-from asap_jax.attention.implementations import dispatch as implementations
+from asap_jax.attention.implementations import chunked, cudnn_sums, dispatch, xla_short
 from asap_jax.attention.implementations.chunked import chunked_attention
 from asap_jax.attention.implementations.cudnn import cudnn_attention
-from asap_jax.attention.implementations.dispatch import available, choose
+from asap_jax.attention.implementations.dispatch import choose
 from asap_jax.attention.implementations.xla import scaled_attention
+from asap_jax.c_transform import apply_plan, closures
 
 BATCH, HEADS, N, M, DIM, VALUES = 4, 2, 10, 13, 4, 3
 RANDOM = np.random.default_rng(0)
@@ -55,12 +53,21 @@ def narrow(query, *rest, scale, **options):
   return chunked_attention(scale * query, *rest, **options)
 
 
+def plain(query, key, value, f, count, *masks, scale, **options):
+  logits = jnp.einsum("...nd,...md->...nm", scale * query, key)
+  return apply_plan(
+    logits, closures(logits, f, count, *masks, **options), value, *masks
+  )
+
+
 on_cpu = functools.partial(cudnn_attention, fused=fused)
 # Budgets such that pairs of batch elements, or single heads, are worked off one after
 # another, and each in chunks of four points (13 = 4 + 4 + 4 + 1).
 BUDGETS = {"pairs": 2 * HEADS * M * 4, "heads": 1}
 PROGRAMS = {
+  "closures": (plain, jnp.float32, "masked"),
   "xla float32": (wide, jnp.float32, "plain"),
+  "xla long": (wide, jnp.float32, "masked"),
   "xla bfloat16": (wide, jnp.bfloat16, "masked"),
   "chunked float32": (narrow, jnp.float32, "plain"),
   "chunked bfloat16": (narrow, jnp.bfloat16, "masked"),
@@ -100,10 +107,12 @@ def program(name):
 
   with pytest.MonkeyPatch.context() as patch:
     # Fewer points of reference than points.
-    patch.setattr(fused_calls, "_REFERENCES", 4)
+    patch.setattr(cudnn_sums, "_REFERENCES", 4)
     patch.setattr(chunked, "_LEAST_CHUNK", 4)
     budget = BUDGETS.get(name.split()[-1], 2**20)
     patch.setattr(chunked, "_CPU_BUDGET", budget)
+    if "long" in name:
+      patch.setattr(xla_short, "_SHORT", 0)
     return run.lower(*given(name)).compile()
 
 
@@ -171,7 +180,7 @@ def test_twice_gives_the_same_bits(name):
   [
     pytest.param(n, marks=gpu if n.startswith("gpu") else [])
     for n, (*_, case) in PROGRAMS.items()
-    if case == "masked" and not n.startswith("xla")
+    if case == "masked" and not n.startswith(("xla", "closures"))
   ],
 )
 def test_padding_that_is_not_finite_reaches_nothing(name):
@@ -193,8 +202,8 @@ def chosen(n, m, heads=2, dim=64, dtype=jnp.bfloat16, name=None, **options):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-  monkeypatch.setattr(implementations, "_platform", lambda array: "gpu")
-  monkeypatch.setattr(implementations, "_no_cudnn", lambda *arguments: None)
+  monkeypatch.setattr(dispatch, "_platform", lambda array: "gpu")
+  monkeypatch.setattr(dispatch, "_no_cudnn", lambda *arguments: None)
 
 
 def test_choice_on_a_cpu():
@@ -244,18 +253,18 @@ def test_cudnn_that_cannot_serve_says_why(arguments, message):
 
 
 def test_reasons_of_jax_are_passed_on(monkeypatch):
-  monkeypatch.setattr(implementations, "_platform", lambda array: "gpu")
+  monkeypatch.setattr(dispatch, "_platform", lambda array: "gpu")
 
   def refuse(*inputs, scale):
     assert inputs[0].shape[-1] == 264  # 256 and the columns of the bias
     raise NotImplementedError("the head dim must be <= 256")
 
-  monkeypatch.setattr(implementations, "fused_attention", refuse)
-  implementations._no_cudnn.cache_clear()
+  monkeypatch.setattr(dispatch, "fused_attention", refuse)
+  dispatch._no_cudnn.cache_clear()
   with pytest.raises(ValueError, match=r"head dimension 264.*must be <= 256.*chunked"):
     chosen(512, 512, dim=256, name="cudnn")
   assert chosen(512, 512, dim=256) == "xla"
-  implementations._no_cudnn.cache_clear()
+  dispatch._no_cudnn.cache_clear()
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -268,25 +277,16 @@ def test_unknown_names_are_refused():
     sinkhorn_attention(query, query, query, implementation="flash")
 
 
-def test_available_names_every_implementation():
-  found = available()
-  assert found.keys() == {"xla", "chunked", "cudnn"}
-  assert found["xla"] is found["chunked"] is None
-  if jax.default_backend() == "cpu":
-    assert "the device is a cpu" in found["cudnn"]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-def test_cudnn_is_available_on_a_gpu():
-  assert available()["cudnn"] is None
+def test_cudnn_is_chosen_on_a_gpu():
   assert chosen(512, 512) == "cudnn"
 
 
 @pytest.fixture
 def cudnn_stand_in(on_gpu, monkeypatch):
-  monkeypatch.setattr(implementations, "_CUDNN_LENGTH", 8)
-  monkeypatch.setattr(attention_inputs, "cudnn_attention", on_cpu)
+  monkeypatch.setattr(dispatch, "_CUDNN_LENGTH", 8)
+  monkeypatch.setattr(dispatch, "cudnn_attention", on_cpu)
 
 
 def tokens(dtype=jnp.bfloat16):
@@ -334,7 +334,7 @@ def marked(monkeypatch):
   def raises(*arguments, **options):
     raise Called
 
-  monkeypatch.setattr(attention_inputs, "chunked_attention", raises)
+  monkeypatch.setattr(dispatch, "chunked_attention", raises)
 
 
 @pytest.mark.usefixtures("marked")

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from helpers import references
 
-from asap_jax.attention.implementations import xla as fused
+from asap_jax.attention.implementations import xla, xla_short
 from asap_jax.attention.implementations.xla import scaled_attention
+from asap_jax.attention.inputs import Activation
+from asap_jax.dual_map import DualMap, predict_dual
 
 BATCH, HEADS, N, M, DIM, VALUES = 3, 2, 6, 9, 4, 3
 RANDOM = np.random.default_rng(0)
@@ -35,9 +37,9 @@ def expected(count, masks, bias=None, relaxation=None):
 def blocks(request, monkeypatch):
   """All at once, or blocks of four heads, which no batch of six divides into."""
   if request.param != "short":
-    monkeypatch.setattr(fused, "_SHORT", 0)
+    monkeypatch.setattr(xla_short, "_SHORT", 0)
   size = {"blocks": 4 * N * M, "single": 1}.get(request.param, 2**20)
-  monkeypatch.setattr(fused, "_BLOCK", size)
+  monkeypatch.setattr(xla, "_BLOCK", size)
 
 
 @pytest.mark.usefixtures("blocks")
@@ -139,27 +141,31 @@ def test_vmap_agrees_with_the_batch():
   np.testing.assert_allclose(mapped, scaled_attention(*arguments), atol=1e-5)
 
 
-@pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("count", [1, 2])
-def test_start_that_is_predicted_block_by_block(count):
-  heads = jnp.asarray([0.5, -1.0])[:, None]
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masks"])
+@pytest.mark.parametrize("closures", [1, 2])
+def test_prediction_fused_with_closures_is_the_same(closures, masked):
+  dual_map = DualMap(
+    jnp.asarray(RANDOM.normal(size=(HEADS, 2, DIM)), jnp.float32),
+    jnp.asarray(0.3 * RANDOM.normal(size=(HEADS, 2 + DIM + 2)), jnp.float32),
+    relaxation=OMEGA if closures == 2 else None,
+  )
+  masks = tuple(MASKS.values()) if masked else (None, None)
 
-  def predict(
-    query, key, query_weights=None, key_weights=None, products=None, centred=True
-  ):
-    if products is None:
-      products = jnp.einsum("...nd,...md->...nm", query, key)
-    present = 1.0 if key_weights is None else key_weights[..., None, :]
-    shift = 0.0 if centred else 3.0
-    return heads * jnp.sum(products * present, axis=-1) + shift
+  def fused(query, key):
+    seen = Activation(query, key, BIAS, *masks)
+    return xla_short.predicted_values(dual_map, seen, VALUE)
 
-  def attend(query, start):
-    options = {**MASKS, "relaxation": OMEGA if count == 2 else None}
-    return scaled_attention(query, KEY, VALUE, start, count, **options)
+  def in_steps(query, key):
+    f = predict_dual(dual_map, query, key, *masks)
+    options = {"bias": BIAS, "relaxation": dual_map.relaxation}
+    return scaled_attention(query, key, VALUE, f, closures, *masks, **options)
 
-  f = predict(QUERY, KEY, *MASKS.values())
-  actual = jax.jit(lambda query: attend(query, predict))(QUERY)
-  np.testing.assert_allclose(actual, attend(QUERY, f), atol=2e-5)
-  slope = jax.jit(jax.grad(lambda query: attend(query, predict).sum()))(QUERY)
-  of_given = lambda q: attend(q, predict(q, KEY, *MASKS.values())).sum()  # noqa: E731
-  np.testing.assert_allclose(slope, jax.jit(jax.grad(of_given))(QUERY), atol=1e-4)
+  def both(function):
+    loss = lambda q, k: jnp.square(function(q, k)).sum()  # noqa: E731
+    return function(QUERY, KEY), jax.grad(loss, (0, 1))(QUERY, KEY)
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+    jax.jit(lambda: both(fused))(),
+    jax.jit(lambda: both(in_steps))(),
+  )

@@ -9,12 +9,13 @@ import pytest
 from helpers import models
 
 import asap_jax
-from asap_jax.compiler.fidelity import Operator, fidelity_sums
+from asap_jax.attention.inputs import Activation
+from asap_jax.compiler.fidelity import fidelity_sums
 from asap_jax.compiler.fitting.descent import Refiner, mean_kl, refine
 from asap_jax.compiler.fitting.samples import Minibatches, pooled, sample_of
 from asap_jax.compiler.fitting.scales import add_network
+from asap_jax.compiler.operators import Asap
 from asap_jax.compiler.recording import Observer
-from asap_jax.compiler.sites import Activation
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 QUERY_MASK = (jnp.arange(7) < jnp.array([[7], [4]]))[:, None]
@@ -36,7 +37,7 @@ def dual_map():
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_loss_is_the_kl_of_the_plans(masked):
   seen = activation(masked)
-  (sums,) = fidelity_sums(seen, [Operator("asap", dual_map=dual_map())], 5)
+  (sums,) = fidelity_sums(seen, [Asap(dual_map())], 5)
   found = mean_kl(dual_map(), sample_of(seen, 5))
   # The sums are of the plans themselves, entry by entry.
   np.testing.assert_allclose(found, sums.kl.sum() / sums.rows.sum(), rtol=1e-4)
@@ -45,7 +46,8 @@ def test_loss_is_the_kl_of_the_plans(masked):
 @pytest.mark.parametrize("hidden", [0, 6])
 def test_what_lies_at_padding_changes_nothing(hidden):
   seen = activation(masked=True)
-  filled = seen._replace(
+  filled = dataclasses.replace(
+    seen,
     query=jnp.where(QUERY_MASK[..., None], seen.query, 50.0),
     key=jnp.where(KEY_MASK[..., None], seen.key, -50.0),
   )
@@ -190,7 +192,7 @@ def test_samples_in_parts_continue_one_descent(samples):
 
 def test_minibatches_pass_over_all_sequences():
   whole, other = (
-    sample_of(activation(False)._replace(bias=None), 2),
+    sample_of(dataclasses.replace(activation(False), bias=None), 2),
     sample_of(
       Activation(
         jax.random.normal(KEYS[0], (4, 3, 5, 4)),
@@ -229,7 +231,7 @@ def test_compile_refines_and_never_ends_worse_than_the_ridge_fit():
     model, batches, slices=4, refine_steps=60, hidden=8, progress=False
   ).report
   plain = asap_jax.compile(
-    model, batches, slices=4, refine=False, progress=False
+    model, batches, slices=4, refine_steps=0, progress=False
   ).report
   for better, worse in zip(refined.layers, plain.layers, strict=True):
     assert better.kl.mean() <= worse.kl.mean() + 1e-6

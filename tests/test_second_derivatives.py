@@ -1,0 +1,153 @@
+"""Second derivatives in reverse mode, of every form of the closures, also in loops.
+
+JAX drops custom rules where it differentiates a loop twice, so that a rule which hides
+its inputs would give wrong numbers without a word.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.fused_stand_in import fused
+
+import asap_jax
+from asap_jax.attention.implementations import xla_short
+from asap_jax.attention.implementations.chunked import chunked_attention
+from asap_jax.attention.implementations.cudnn import cudnn_attention
+from asap_jax.attention.implementations.xla import scaled_attention
+from asap_jax.c_transform import scaled_plan
+from asap_jax.dual_map.features import KINDS
+from asap_jax.peers import attention_named
+from asap_jax.teacher import sinkhorn_source_dual
+
+HEADS, N, M, DIM, COUNT = 2, 4, 5, 3, 3
+RANDOM = np.random.default_rng(0)
+QUERY, KEY, VALUE, F = (
+  jnp.asarray(RANDOM.normal(size=(HEADS, *shape)), jnp.float32)
+  for shape in ((N, DIM), (M, DIM), (M, DIM), (N,))
+)
+COTANGENT, TANGENT = (
+  jnp.asarray(RANDOM.normal(size=(HEADS, N, DIM)), jnp.float32) for _ in range(2)
+)
+OMEGA = jnp.asarray([[1.3, 0.9], [1.5, 1.1]])
+DUAL_MAP = asap_jax.DualMap(
+  jnp.asarray(RANDOM.normal(size=(HEADS, 2, DIM)), jnp.float32),
+  jnp.asarray(0.3 * RANDOM.normal(size=(HEADS, 6 + DIM + 2)), jnp.float32),
+  KINDS,
+  relaxation=OMEGA,
+)
+
+
+def closures(query):
+  logits = jnp.einsum("hnd,hmd->hnm", query, KEY)
+  duals = asap_jax.closures(logits, F, COUNT, relaxation=OMEGA)
+  return asap_jax.plan(logits, duals) @ VALUE
+
+
+def in_scaling_domain(query):
+  logits = jnp.einsum("hnd,hmd->hnm", query, KEY)
+  scaled = scaled_plan(logits, F, COUNT, relaxation=OMEGA)
+  return scaled.apply(VALUE) + scaled.duals.f[..., None]
+
+
+def source_dual(query):
+  logits = jnp.einsum("hnd,hmd->hnm", query, KEY)
+  return sinkhorn_source_dual(logits, COUNT)[..., None] * jnp.ones(DIM)
+
+
+def implementation(function, query):
+  return function(query, KEY, VALUE, F, COUNT, relaxation=OMEGA)
+
+
+def flax(function, query):
+  tokens = [jnp.swapaxes(x, 0, 1) for x in (query, KEY, VALUE)]
+  return jnp.swapaxes(function(*tokens), 0, 1)
+
+
+def sinkhorn(name):
+  bound = functools.partial(
+    asap_jax.sinkhorn_attention, iterations=COUNT, implementation=name
+  )
+  return functools.partial(flax, bound)
+
+
+def predicted(query):
+  tokens = query, KEY
+  return asap_jax.predict_dual(DUAL_MAP, *tokens)[..., None] * jnp.ones(DIM)
+
+
+FORMS = {
+  "closures": closures,
+  "scaling domain": in_scaling_domain,
+  "source dual": source_dual,
+  "xla": functools.partial(implementation, scaled_attention),
+  "xla short": functools.partial(implementation, scaled_attention),
+  "chunked": functools.partial(implementation, chunked_attention),
+  "sinkhorn ott": sinkhorn("ott"),
+  "sinkhorn xla": sinkhorn("xla"),
+  "sinkhorn chunked": sinkhorn("chunked"),
+  "asap": functools.partial(
+    flax, functools.partial(asap_jax.asap_attention, dual_map=DUAL_MAP)
+  ),
+  "predict_dual": predicted,
+  **{
+    f"peers {name}": functools.partial(flax, attention_named(name, **options))
+    for name, options in {
+      "kernel_sinkhorn": {"iterations": COUNT},
+      "sinkformer": {"half_steps": COUNT},
+    }.items()
+  },
+}
+
+
+def looped(function):
+  """Twice, as layers in a scan."""
+
+  def step(query, _):
+    return query + 0.3 * function(query), None
+
+  return lambda query: jax.lax.scan(step, query, length=2)[0]
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["plain", "in a scan"])
+@pytest.mark.parametrize("name", FORMS)
+def test_against_differences_of_first_derivatives(name, loop, monkeypatch):
+  if name in ("xla", "sinkhorn xla"):
+    monkeypatch.setattr(xla_short, "_SHORT", 0)
+  function = looped(FORMS[name]) if loop else FORMS[name]
+
+  @jax.jit
+  def slope(query):
+    return jax.grad(lambda q: jnp.vdot(COTANGENT, function(q)))(query)
+
+  @jax.jit
+  def second(query):
+    return jax.grad(lambda q: jnp.vdot(TANGENT, slope(q)))(query)
+
+  step = 1e-2
+  wanted = (slope(QUERY + step * TANGENT) - slope(QUERY - step * TANGENT)) / (2 * step)
+  assert float(jnp.abs(wanted).max()) > 0.05
+  np.testing.assert_allclose(second(QUERY), wanted, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["plain", "in a scan"])
+def test_of_cudnn_as_of_chunked(loop):
+  query, key, value = (x.astype(jnp.bfloat16) for x in (QUERY, KEY, VALUE))
+
+  def second(attend):
+    def function(query):
+      out = attend(query.astype(jnp.bfloat16), key, value, F, 2).astype(jnp.float32)
+      return out.sum(-1, keepdims=True) * jnp.ones(DIM)
+
+    function = looped(function) if loop else function
+    slope = jax.grad(lambda q: jnp.square(function(q)).sum())
+    return jax.grad(lambda q: jnp.vdot(TANGENT, slope(q)))(query.astype(jnp.float32))
+
+  cudnn = jax.jit(second, static_argnums=0)(
+    functools.partial(cudnn_attention, fused=fused)
+  )
+  plain = jax.jit(second, static_argnums=0)(chunked_attention)
+  assert float(jnp.abs(plain).max()) > 1
+  np.testing.assert_allclose(cudnn, plain, atol=0.05 * float(jnp.abs(plain).max()))
