@@ -109,6 +109,7 @@ def couple(
   order_x, order_y = ascending_order(x, query_mask), ascending_order(y, key_mask)
   shape = x.shape[:-1]
   if paired or (n == m and query_mask is None and key_mask is None):
+    # One entry per query, in the order of the queries: values are gathered, not summed.
     rank = jnp.moveaxis(inverse(jnp.moveaxis(order_x, -1, 0)), 0, -1)
     keys = jnp.take_along_axis(order_y, rank, axis=-1)
     ones = jnp.ones((*shape, n), x.dtype)

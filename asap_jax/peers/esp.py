@@ -187,6 +187,7 @@ def _check_counts(inputs: Inputs) -> Inputs:
   queries, keys = inputs.query_mask.sum(-1), inputs.key_mask.sum(-1)
   equal = (queries == keys)[..., None, None]
   if isinstance(equal, jax.core.Tracer):
+    # Nothing can be raised here: `attend` gives NaN where the mask is no product.
     known = inputs.is_product
     return dataclasses.replace(
       inputs, is_product=equal if known is None else equal & known

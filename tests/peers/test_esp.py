@@ -24,10 +24,14 @@ from helpers.peer_cases import (
 
 from asap_jax.metrics import column_error, row_error
 from asap_jax.peers import esp_attention
-from asap_jax.peers.esp import soft_permutation
+from asap_jax.peers.esp import normalised_rows, soft_sort
 
 INPUTS = QUERY, KEY[:, :N], VALUE[:, :N]
-sort = jax.jit(soft_permutation)
+
+
+@jax.jit
+def sort(*arguments):
+  return normalised_rows(soft_sort(*arguments))
 
 
 def errors(**options):
