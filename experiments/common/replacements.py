@@ -9,20 +9,15 @@ import numpy as np
 from flax import nnx
 
 from asap_jax.attention.functions import sinkhorn_attention, softmax_attention
+from asap_jax.attention.inputs import Activation
 from asap_jax.compiler.fidelity import (
   FidelitySums,
   fidelity_sums,
   operator_milliseconds,
-  operator_of,
   plan_of,
 )
-from asap_jax.compiler.sites import (
-  Activation,
-  find_sinkhorn,
-  held_at,
-  recorder,
-  replace_sites,
-)
+from asap_jax.compiler.operators import operator_of
+from asap_jax.compiler.sites import find_sinkhorn, held_at, recorder, replace_sites
 from experiments.common.timing import time_interleaved
 
 

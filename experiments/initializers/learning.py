@@ -22,12 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from asap_jax.attention.inputs import Activation
 from asap_jax.compiler.fitting.descent import Refined, refine
 from asap_jax.compiler.fitting.objective import objective_sample
 from asap_jax.compiler.fitting.ridge import add_batch, empty_statistics, solve_ridge
 from asap_jax.compiler.fitting.samples import pooled
 from asap_jax.compiler.fitting.scales import add_network
-from asap_jax.compiler.sites import Activation
 from asap_jax.dual_map.features import dual_features, feature_count
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.masses import centre

@@ -9,7 +9,7 @@ from ott.geometry import costs
 from ott.initializers.linear import initializers
 
 from asap_jax import DualMap, SlicedDualInitializer
-from asap_jax.compiler.sites import Activation
+from asap_jax.attention.inputs import Activation
 from asap_jax.dual_map.features import KINDS
 from asap_jax.potentials.directions import orthogonal
 from experiments.initializers.clouds import Clouds
@@ -61,8 +61,7 @@ def learned_starts(
   query = fitted.x * (2.0 if cost == "squared" else 1.0) / epsilon
   x, y = (jnp.asarray(side)[:, None] for side in (query, fitted.y))
   seen = [
-    Activation(x[i : i + BATCH], y[i : i + BATCH], None, None, None, None)
-    for i in range(0, len(query), BATCH)
+    Activation(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, len(query), BATCH)
   ]
   dim, rng = query.shape[-1], jax.random.key(seed)
   drawn = orthogonal(rng, 1, SLICES, dim)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.pages import ROOT
 
-from asap_jax.compiler.fidelity import Operator, operator_of
+from asap_jax.compiler.operators import Sinkhorn, Softmax, operator_of
 from asap_jax.compiler.sites import find_sinkhorn, held_at
 from experiments.common import replacements
 from experiments.frozen_layer.teachers import load_inputs, load_teacher
@@ -47,8 +47,8 @@ def test_cuts_are_measured_in_their_fastest_form(files):
   for given in (teacher, replacements.cut_sinkhorn(teacher, 5)):
     cut = replacements.cut_sinkhorn(given, 3)
     (site,) = find_sinkhorn(cut)
-    assert operator_of(held_at(cut, site)) == Operator("sinkhorn", 3)
+    assert operator_of(held_at(cut, site)) == Sinkhorn(3, "xla")
     swapped = replacements.softmax_swap(given)
-    assert operator_of(held_at(swapped, site)) == Operator("softmax")
+    assert operator_of(held_at(swapped, site)) == Softmax()
     ids = load_inputs(files / "inputs.npz", 4).test
     assert np.isfinite(swapped(jnp.asarray(ids))).all()

@@ -10,8 +10,8 @@ import pytest
 from helpers import oracles
 
 import asap_jax
+from asap_jax.attention.inputs import Activation
 from asap_jax.compiler.fitting.objective import dual_objective
-from asap_jax.compiler.sites import Activation
 from experiments.initializers.learning import (
   fit_by_objective,
   fit_by_regression,
@@ -38,7 +38,7 @@ def activations(count, seed=0):
     query, key = (jnp.asarray(c.swapaxes(1, 2), jnp.float32) for c in clouds)
     lengths = random.integers(5, 11, size=(2, 16, 1, 1))
     masks = jnp.arange(10) < lengths[0], jnp.arange(12) < lengths[1]
-    batches.append(Activation(query, key, None, *masks, None))
+    batches.append(Activation(query, key, None, *masks))
   return batches
 
 
@@ -110,7 +110,7 @@ def test_a_network_without_slices_learns_from_the_objective(problems):
   assert gap(found.dual_map, problems[1]) < 0.5 * gap(zero, problems[1])
   order = jax.random.permutation(KEYS[1], 10)
   query, query_mask = seen.query[:, :, order], seen.query_mask[..., order]
-  moved = Activation(query, seen.key, None, query_mask, seen.key_mask, None)
+  moved = Activation(query, seen.key, None, query_mask, seen.key_mask)
   f, turned = (
     asap_jax.predict_dual(found.dual_map, a.query, a.key, a.query_mask, a.key_mask)
     for a in (seen, moved)
