@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Shaped
 from asap_jax.numerics import float_dtype
 
 Masses = Float[Array, "..."] | Bool[Array, "..."] | None
-Weights = Masses
 
 
 def check_weights(name: str, weights: Masses, size: int) -> None:
@@ -58,8 +57,6 @@ def normalised(weights: Masses, size: int) -> Float[Array, "... n"]:
   total = weights.sum(-1, keepdims=True)
   return weights / jnp.where(total > 0, total, 1.0)
 
-
-masses = normalised
 
 
 def zero_invalid(

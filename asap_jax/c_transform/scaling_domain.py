@@ -14,7 +14,6 @@ log domain (`asap_jax.c_transform.closures`), which is the same plan.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -126,51 +125,22 @@ def scaled_plan(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scaled_plan(count, logits, f, query_weights, key_weights, relaxation):
-  return iterate(count, logits, f, query_weights, key_weights, relaxation)
-
-
-@_scaled_plan.defjvp
-def _scaled_plan_jvp(count, primals, tangents):
-  def in_log_domain(logits, f, query_weights, key_weights, relaxation):
-    weights = query_weights, key_weights
-    duals = closures(logits, f, count, *weights, relaxation=relaxation)
-    dense = plan(logits, duals, *weights)
-    return ScaledPlan(dense, jnp.ones_like(duals.f), jnp.ones_like(duals.g), duals)
-
-  return jax.jvp(in_log_domain, primals, tangents)
-
-
-def iterate(
+def _scaled_plan(
   count: int,
   logits: Array,
   f: Array,
   query_weights: Masses,
   key_weights: Masses,
   relaxation: Array | None,
-  again: Callable[[Array], Array] | None = None,
 ) -> ScaledPlan:
-  """`scaled_plan` of checked arguments, without its derivatives.
-
-  Args:
-    count: see `scaled_plan`, as the next five.
-    logits: see there.
-    f: see there.
-    query_weights: see there.
-    key_weights: see there.
-    relaxation: see there.
-    again: recomputes the logits where a half-iteration has to be repeated, instead of
-      storing them; its argument is a data dependency that delays it.
-  """
   n, m = logits.shape[-2:]
   dtype = float_dtype(logits, f)
   logits = logits.astype(dtype)
   f = jnp.broadcast_to(zero_invalid(f.astype(dtype), query_weights), logits.shape[:-1])
   rows = row_sums(query_weights, n).astype(dtype)
   columns = column_sums(query_weights, key_weights, n, m).astype(dtype)
-  logits_of = (lambda _: logits) if again is None else again
   pairs = valid_pairs(query_weights, key_weights)
-  half = functools.partial(_half, logits_of, pairs)
+  half = functools.partial(_half, logits, pairs)
 
   def step(carry, omega):
     kernel, queries, keys, start = carry
@@ -202,6 +172,19 @@ def iterate(
   )
 
 
+@_scaled_plan.defjvp
+def _scaled_plan_jvp(count, primals, tangents):
+  # JAX drops custom rules where it differentiates a loop twice; in plain operations of
+  # the log domain derivatives of every order are right there too.
+  def in_log_domain(logits, f, query_weights, key_weights, relaxation):
+    weights = query_weights, key_weights
+    duals = closures(logits, f, count, *weights, relaxation=relaxation)
+    dense = plan(logits, duals, *weights)
+    return ScaledPlan(dense, jnp.ones_like(duals.f), jnp.ones_like(duals.g), duals)
+
+  return jax.jvp(in_log_domain, primals, tangents)
+
+
 class _Side(NamedTuple):
   """Of one side: scaling, dual, the part of the dual in the kernel, and marginal."""
 
@@ -211,7 +194,7 @@ class _Side(NamedTuple):
   marginal: Array
 
 
-def _half(logits_of, pairs, kernel, here, there, *, axis):
+def _half(logits, pairs, kernel, here, there, *, axis):
   """Half a closure: fits the scaling of `there` to sums over `axis`, those of `here`.
 
   Returns the kernel and both sides; the kernel and `here` change where the sums leave
@@ -219,9 +202,9 @@ def _half(logits_of, pairs, kernel, here, there, *, axis):
   """
   sums = _contract(kernel, here.scaling, axis)
 
-  def absorb(carry):
+  def absorb(_):
     # All of the dual goes into the kernel, so that the scaling is one.
-    kernel, sums, absorbed = _absorb(logits_of(carry[1]), here.dual, pairs, axis)
+    kernel, sums, absorbed = _absorb(logits, here.dual, pairs, axis)
     one = jnp.where(here.marginal > 0, jnp.ones_like(here.dual), 0.0)
     return kernel, sums, one, here.dual, absorbed, jnp.ones((), bool)
 

@@ -1,5 +1,6 @@
 """Compiling a model: every Sinkhorn attention becomes a dual map and a closure."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from asap_jax.attention.layers import AsapAttention
 from asap_jax.compiler.fitting.slicing import DirectionKind
 from asap_jax.compiler.fitting.stages import FitOptions, Objective, fit_layers
 from asap_jax.compiler.measuring import Measured, cuts, measure
@@ -172,10 +174,13 @@ def _function(
   (layer, operator), *_ = held
   if operator.label == "teacher":
     return site.function
-  if isinstance(operator, Asap) and layer.index is not None:
-    maps = [own.dual_map for _, own in held if isinstance(own, Asap)]
-    operator = Asap(jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps))
-  return operator.attention_fn(site.options)
+  if not isinstance(operator, Asap):
+    return functools.partial(operator.attention_fn, **site.options)
+  maps = [own.dual_map for _, own in held if isinstance(own, Asap)]
+  if layer.index is None:
+    return AsapAttention(maps[0], site.options)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps)
+  return AsapAttention(stacked, site.options)
 
 
 def _layer_report(

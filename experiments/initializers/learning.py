@@ -64,7 +64,7 @@ def fit_by_regression(
       activation.query, activation.key, directions, features, *masks
     )
     sums = add_batch(sums, columns, target, masks[0])
-  return DualMap(directions, jnp.asarray(solve_ridge(sums, ridge).weights), features)
+  return DualMap(directions, jnp.asarray(solve_ridge(sums, ridge)), features)
 
 
 def fit_by_objective(

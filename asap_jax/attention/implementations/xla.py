@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from asap_jax.attention.implementations import xla_short
 from asap_jax.attention.implementations.blocks import by_blocks
-from asap_jax.c_transform.entropic import check_closures, closures, plan
-from asap_jax.c_transform.scaling_domain import iterate
-from asap_jax.masses import Masses, zero_invalid
+from asap_jax.c_transform.entropic import check_closures
+from asap_jax.c_transform.scaling_domain import scaled_plan
+from asap_jax.masses import Masses
 
 # Pairs of tokens in a block on a CPU: 4 MiB of float32.
 _BLOCK = 2**20
@@ -62,12 +62,40 @@ def scaled_attention(
     ValueError: as `asap_jax.closures`.
   """
   check_closures(count, relaxation)
-  scaling = functools.partial(_scaling_domain, count, precision)
+  attend, short = (
+    functools.partial(each, count, precision) for each in (_scaling_domain, _short)
+  )
   arguments = query, key, value, f, query_weights, key_weights, relaxation, bias
+  batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
   if xla_short.is_short(count, query.shape[-2], key.shape[-2]):
-    short = functools.partial(_short, count, precision)
-    return jax.lax.platform_dependent(*arguments, cpu=short, default=scaling)
-  return scaling(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=short, default=attend)
+  if bias is not None or math.prod(batch) * pairs <= _BLOCK:
+    return attend(*arguments)
+  in_blocks = functools.partial(
+    by_blocks, attend, batch, max(_BLOCK // pairs, 1), own=(2, 2, 2, 1, 1, 1, 1, 2)
+  )
+  return jax.lax.platform_dependent(
+    *arguments, cpu=lambda *arguments: in_blocks(arguments), default=attend
+  )
+
+
+def _short(
+  count, precision, query, key, value, f, query_weights, key_weights, relaxation, bias
+):
+  logits = _logits(query, key, bias, precision)
+  weights = query_weights, key_weights
+  return xla_short.closed_values(
+    logits, f, value, count, relaxation, *weights, precision
+  )
+
+
+def _scaling_domain(
+  count, precision, query, key, value, f, query_weights, key_weights, relaxation, bias
+):
+  logits = _logits(query, key, bias, precision)
+  weights = query_weights, key_weights
+  scaled = scaled_plan(logits, f, count, *weights, relaxation=relaxation)
+  return scaled.apply(value, key_weights, precision=precision)
 
 
 def _logits(
@@ -75,74 +103,3 @@ def _logits(
 ) -> Array:
   products = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
   return products if bias is None else products + bias
-
-
-def _short(
-  count, precision, query, key, value, f, query_weights, key_weights, relaxation, bias
-):
-  weights = query_weights, key_weights
-  logits = _logits(query, key, bias, precision)
-  return xla_short.closed_values(
-    logits, f, value, count, relaxation, *weights, precision
-  )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _scaling_domain(count, precision, *arguments):
-  query, key, *_, bias = arguments
-  attend = functools.partial(_block, count, precision)
-  batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
-  if bias is not None or math.prod(batch) * pairs <= _BLOCK:
-    return attend(*arguments)
-  in_blocks = functools.partial(
-    by_blocks, attend, batch, max(_BLOCK // pairs, 1), own=(2, 2, 2, 1, 1, 1, 1, 2)
-  )
-  return jax.lax.platform_dependent(
-    *arguments,
-    cpu=lambda *arguments: in_blocks(arguments),
-    default=attend,
-  )
-
-
-def _block(
-  count, precision, query, key, value, f, query_weights, key_weights, relaxation, bias
-):
-  def again(after):
-    queries, keys, _ = jax.lax.optimization_barrier((query, key, after))
-    return _logits(queries, keys, bias, precision)
-
-  # For one closure the logits are not stored: XLA forms the kernel at once on a CPU
-  # then. Over more, sharp logits are needed time and again.
-  scaled = iterate(
-    count,
-    _logits(query, key, bias, precision),
-    f,
-    query_weights,
-    key_weights,
-    relaxation,
-    again if count == 1 else None,
-  )
-  return scaled.apply(value, key_weights, precision=precision)
-
-
-@_scaling_domain.defjvp
-def _scaling_domain_jvp(count, precision, primals, tangents):
-  # JAX drops custom rules where it differentiates a loop twice. In plain operations of
-  # the log domain derivatives of every order are right.
-  in_log_domain = functools.partial(_log_domain, count, precision)
-  return jax.jvp(in_log_domain, primals, tangents)
-
-
-def _log_domain(
-  count, precision, query, key, value, f, query_weights, key_weights, relaxation, bias
-):
-  weights = query_weights, key_weights
-  logits = _logits(query, key, bias, precision)
-  duals = closures(logits, f, count, *weights, relaxation=relaxation)
-  out = jnp.einsum(
-    "...nm,...mv->...nv",
-    plan(logits, duals, *weights).astype(value.dtype),
-    zero_invalid(value, key_weights, axis=-2),
-    precision=precision,
-  )
-  return out.astype(value.dtype)

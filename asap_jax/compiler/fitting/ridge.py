@@ -19,26 +19,12 @@ class RidgeStatistics(NamedTuple):
   Attributes:
     gram: $F^T F$ of features F, `[heads, features, features]`, float64.
     moment: $F^T t$ with the target t, `[heads, features]`.
-    power: $t^T t$, `[heads]`.
     count: tokens, `[heads]`.
   """
 
   gram: np.ndarray
   moment: np.ndarray
-  power: np.ndarray
   count: np.ndarray  # type: ignore[assignment]  # also a method of tuples
-
-
-class RidgeFit(NamedTuple):
-  """Result of `solve_ridge`.
-
-  Attributes:
-    weights: `[heads, features]`, float32, for features as they were given.
-    r2: share of the target's variance explained on the data fitted, `[heads]`.
-  """
-
-  weights: np.ndarray
-  r2: np.ndarray
 
 
 def empty_statistics(heads: int, features: int) -> RidgeStatistics:
@@ -46,7 +32,6 @@ def empty_statistics(heads: int, features: int) -> RidgeStatistics:
   return RidgeStatistics(
     np.zeros((heads, features, features)),
     np.zeros((heads, features)),
-    np.zeros(heads),
     np.zeros(heads, np.int64),
   )
 
@@ -91,18 +76,20 @@ def add_batch(
   return RidgeStatistics(
     statistics.gram + transposed @ columns,
     statistics.moment + (transposed @ target)[..., 0],
-    statistics.power + (target**2).sum((1, 2)),
     statistics.count + count,
   )
 
 
-def solve_ridge(statistics: RidgeStatistics, ridge: float = 1e-6) -> RidgeFit:
+def solve_ridge(statistics: RidgeStatistics, ridge: float = 1e-6) -> np.ndarray:
   """Weights that minimise $mean (t - F w)^2 + ridge |D w|^2$, D the deviations of F.
 
   Args:
     statistics: of at least as many tokens per head as there are features.
     ridge: penalty relative to the variance of each feature, positive. It bounds the
       weights that nearly collinear features can take.
+
+  Returns:
+    `[heads, features]`, float32, for features as they were given.
 
   Raises:
     ValueError: if there are too few tokens or `ridge` is not positive.
@@ -120,14 +107,8 @@ def solve_ridge(statistics: RidgeStatistics, ridge: float = 1e-6) -> RidgeFit:
   deviation = np.sqrt(np.einsum("hff->hf", statistics.gram) / count)
   # A feature that never varies gets no weight.
   safe = np.where(deviation > 0, deviation, 1.0)
-  gram, moment, power, _ = statistics
-  correlation = gram / (safe[:, :, None] * safe[:, None, :] * count[..., None])
-  standard = np.linalg.solve(
-    correlation + ridge * np.eye(size), (moment / (safe * count))[..., None]
-  )
-  weights = standard[..., 0] / safe
-  residual = power - 2 * (weights * moment).sum(-1)
-  residual += np.einsum("hf,hfg,hg->h", weights, gram, weights)
-  # A constant dual (all tokens alike) is predicted exactly by anything centred.
-  r2 = np.where(power > 0, 1.0 - residual / np.where(power > 0, power, 1.0), 1.0)
-  return RidgeFit(weights.astype(np.float32), r2)
+  scale = safe[:, :, None] * safe[:, None, :] * count[..., None]
+  correlation = statistics.gram / scale
+  moment = statistics.moment / (safe * count)
+  standard = np.linalg.solve(correlation + ridge * np.eye(size), moment[..., None])
+  return (standard[..., 0] / safe).astype(np.float32)

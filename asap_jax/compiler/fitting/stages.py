@@ -140,10 +140,10 @@ def _fit_ridge(
     layers, sums, directions, seconds, strict=True
   ):
     try:
-      fit = solve_ridge(statistics, options.ridge)
+      weights = solve_ridge(statistics, options.ridge)
     except ValueError as error:
       raise ValueError(f"{layer.name}: {error}") from error
-    dual_map = DualMap(drawn, jnp.asarray(fit.weights), features)
+    dual_map = DualMap(drawn, jnp.asarray(weights), features)
     fitted.append(FittedLayer(dual_map, batches, int(statistics.count[0]), spent))
   return fitted
 

@@ -45,10 +45,10 @@ def rows(values, mask, head):
 
 
 @pytest.mark.parametrize("ridge", [1e-12, 1e-3, 1.0])
-def test_weights_and_r2_against_least_squares(ridge):
+def test_weights_against_least_squares(ridge):
   features, target, mask = problem()
   actual = fit(features, target, mask, ridge)
-  assert actual.weights.dtype == np.float32
+  assert actual.dtype == np.float32
   for head in range(HEADS):
     F, t = rows(features, mask, head), rows(target, mask, head)
     # The penalty as more rows: |D w|^2 with D the standard deviations.
@@ -56,10 +56,7 @@ def test_weights_and_r2_against_least_squares(ridge):
     stacked = np.vstack([F / len(F) ** 0.5, penalty])
     right = np.concatenate([t / len(F) ** 0.5, np.zeros(SIZE)])
     expected = np.linalg.lstsq(stacked, right, rcond=None)[0]
-    np.testing.assert_allclose(actual.weights[head], expected, rtol=1e-5)
-    r2 = 1 - ((t - F @ expected) ** 2).sum() / (t**2).sum()
-    np.testing.assert_allclose(actual.r2[head], r2, atol=1e-6)
-    assert r2 < 0.999
+    np.testing.assert_allclose(actual[head], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cuts", [(6,), (1, 2, 11), tuple(range(1, BATCH))])
@@ -67,11 +64,10 @@ def test_batches_of_any_size_and_order_give_the_same_weights(cuts):
   features, target, mask = problem()
   expected = fit(features, target, mask)
   actual = fit(features, target, mask, cuts=cuts)
-  np.testing.assert_allclose(actual.weights, expected.weights, rtol=1e-4)
-  np.testing.assert_allclose(actual.r2, expected.r2, atol=1e-6)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4)
   order = np.random.default_rng(1).permutation(BATCH)
   actual = fit(features[order], target[order], mask[order], cuts=cuts)
-  np.testing.assert_allclose(actual.weights, expected.weights, rtol=1e-4)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cuts", [(), (1, 5, 6)])
@@ -90,13 +86,12 @@ def test_nearly_collinear_features_predict_like_float64(cuts):
     expected = np.linalg.lstsq(F, t, rcond=None)[0]
     assert np.abs(expected).max() > 1e3
     # Weights of 1e4 are themselves rounded to float32.
-    prediction = F @ actual.weights[head].astype(np.float64)
+    prediction = F @ actual[head].astype(np.float64)
     np.testing.assert_allclose(prediction, F @ expected, atol=1e-2)
-    prediction -= F @ whole.weights[head].astype(np.float64)
+    prediction -= F @ whole[head].astype(np.float64)
     np.testing.assert_allclose(prediction, 0, atol=1e-2)
     r2 = 1 - ((t - F @ expected) ** 2).sum() / (t**2).sum()
     assert r2 > 0.9
-    np.testing.assert_allclose(actual.r2[head], r2, atol=1e-4)
 
 
 def test_feature_without_variance_gets_no_weight():
@@ -104,16 +99,15 @@ def test_feature_without_variance_gets_no_weight():
   expected = fit(features, target, mask)
   features = np.insert(features, 2, 0.0, axis=-1)
   actual = fit(features, target, mask)
-  np.testing.assert_array_equal(actual.weights[:, 2], 0)
-  kept = np.delete(actual.weights, 2, axis=-1)
-  np.testing.assert_allclose(kept, expected.weights, rtol=1e-5)
+  np.testing.assert_array_equal(actual[:, 2], 0)
+  kept = np.delete(actual, 2, axis=-1)
+  np.testing.assert_allclose(kept, expected, rtol=1e-5)
 
 
-def test_target_without_variance_is_predicted_exactly():
+def test_target_without_variance_gets_no_weights():
   features, target, mask = problem()
   actual = fit(features, np.zeros_like(target), mask)
-  np.testing.assert_array_equal(actual.weights, 0)
-  np.testing.assert_array_equal(actual.r2, 1)
+  np.testing.assert_array_equal(actual, 0)
 
 
 def test_statistics_keep_their_size_and_the_given_ones_stay():
@@ -125,7 +119,7 @@ def test_statistics_keep_their_size_and_the_given_ones_stay():
   assert not any(s.any() for s in empty)
   np.testing.assert_array_equal(one.count, np.full(HEADS, mask.sum()))
   np.testing.assert_array_equal(two.count - one.count, np.full(HEADS, BATCH * N))
-  for a, b in zip(one[:3], two[:3], strict=True):
+  for a, b in zip(one[:2], two[:2], strict=True):
     assert a.dtype == np.float64
     np.testing.assert_allclose(b, 2 * a)
 
