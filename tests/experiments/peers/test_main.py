@@ -40,7 +40,7 @@ def _small(monkeypatch):
   def few_digits(seed):
     return Dataset(*(Split(*(array[:128] for array in part)) for part in digits(seed)))
 
-  small = dataclasses.replace(peers.MODEL, width=8)
+  small = dataclasses.replace(peers.MODEL, width=16)
   monkeypatch.setattr(peers, "digits", few_digits)
   monkeypatch.setattr(peers, "MODEL", small)
 
@@ -54,7 +54,7 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
   results = json.loads((out / "results.json").read_text())
   assert results["experiment"] == "peers"
   assert results["config"]["seeds"] == [3]
-  assert results["config"]["width"] == 8
+  assert results["config"]["width"] == 16
   rows = {row["method"]: row for row in results["rows"]}
   assert list(rows) == names
   for row in rows.values():
