@@ -15,9 +15,11 @@ from asap_jax.attention.layers import (
   DualParam,
   SinkhornMultiHeadAttention,
 )
+from asap_jax.attention.signature import AttentionFn
 
 __all__ = [
   "AsapAttention",
+  "AttentionFn",
   "DualParam",
   "SinkhornMultiHeadAttention",
   "asap_attention",
