@@ -67,6 +67,7 @@ def save(
   state = nnx.state(model, nnx.Not(nnx.Intermediate))
   arrays = _flat_state(state)
   path.parent.mkdir(parents=True, exist_ok=True)
+  # Beside the target, hence on the same file system: renaming it there is atomic.
   aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
   try:
     with ocp.StandardCheckpointer() as checkpointer:
@@ -83,6 +84,7 @@ def save(
     manifest["digest"] = _digest(manifest)
     (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     if path.exists():
+      # A directory that is not empty cannot be renamed over: the old one steps aside.
       old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
       os.replace(path, old / path.name)
       os.replace(aside, path)
@@ -131,6 +133,7 @@ def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
       )
   blanks = [_blank_function(saved[where], found[where].options) for where in found]
   compiled = replace_sites(model, list(found.values()), blanks)
+  # Sown values are no part of a saved model.
   nnx.pop(compiled, nnx.Intermediate)
   graph, state = nnx.split(compiled)
   expected = {name: _describe(array) for name, array in _flat_state(state).items()}

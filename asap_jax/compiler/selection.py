@@ -70,6 +70,7 @@ def select(
   candidates = list(_candidates(options))
   times = _untrained_milliseconds(teacher, candidates)
   fits: list[FittedLayer] = []
+  # Fastest first: once one is close enough, nothing slower need be fitted.
   for place in sorted(range(len(candidates)), key=lambda place: sum(times[place])):
     open_sites = [
       site

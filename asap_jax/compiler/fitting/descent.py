@@ -148,6 +148,7 @@ class Refiner:
   def _check(self) -> None:
     current = jax.tree.map(jnp.multiply, self._parameters, self._scale)
     self._losses.append(self._judge(current))
+    # `finished` stops the run then, and the best before stays the result.
     if not np.isfinite(self._losses[-1]):
       warnings.warn(
         f"{self._description}: loss {self._losses[-1]} after {self._taken} steps; "

@@ -156,6 +156,7 @@ def _refine(
 ) -> list[FittedLayer]:
   """Refines the chosen layers, in parts where not all activations fit into memory."""
   layers = [teacher.layers[index] for index in chosen]
+  # Held-out samples come first and stay: every part is judged on them.
   held_out, _ = next(
     _parts(teacher, chosen, _SAMPLE_BYTES // 4, options.objective, held_out=True),
     ([], 0),
@@ -168,6 +169,7 @@ def _refine(
   seconds = [0.0] * len(chosen)
   parts = _parts(teacher, chosen, _SAMPLE_BYTES, options.objective, held_out=False)
   for pools, batches in parts:
+    # A part gets its share of the steps, so that all batches count alike.
     share = math.ceil(options.refine_steps * batches / fitted[0].batches)
     for place, index in enumerate(chosen):
       start = time.perf_counter()
@@ -234,6 +236,7 @@ def _parts(
           )
           samples.append(jax.device_get(sample))
           stored += host_bytes(samples[-1])
+      # Whole batches only, so that a part can exceed its size by one of them.
       if stored > size:
         break
     yield [pooled(samples) for samples in kept], batches
