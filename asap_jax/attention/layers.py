@@ -102,9 +102,10 @@ class AsapAttention(nnx.Module):
     options: dict[str, Any] | None = None,
     implementation: Implementation | None = None,
   ):
-    self.parameters = nnx.Dict(
-      {name: DualParam(leaf) for name, leaf in dual_map.to_named().items()}
-    )
+    named = dual_map.to_named()
+    self.parameters = nnx.Dict({name: DualParam(leaf) for name, leaf in named.items()})
+    # `nnx.capture` puts an entry of its own beside the parameters.
+    self.names = tuple(named)
     self.features = dual_map.features
     self.options = tuple(sorted((options or {}).items()))
     self.implementation = implementation
@@ -112,7 +113,7 @@ class AsapAttention(nnx.Module):
   @property
   def dual_map(self) -> DualMap:
     """The parameters as they stand."""
-    leaves = {name: leaf[...] for name, leaf in self.parameters.items()}
+    leaves = {name: self.parameters[name][...] for name in self.names}
     return DualMap.from_named(leaves, self.features)
 
   def __call__(

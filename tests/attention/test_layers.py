@@ -155,3 +155,10 @@ def test_optimizer_step_moves_what_its_filter_picks(compiled_layer, trained):
     if trained is nnx.Param and path == ("key", "bias"):
       continue
     assert (moved > 0) == (trained is nnx.Param or "attention_fn" in path), path
+
+
+def test_weights_of_a_compiled_layer_are_captured(compiled_layer):
+  sowing = nnx.capture(compiled_layer, nnx.Intermediate)
+  _, state = sowing(X, sow_weights=True)
+  (weights,) = jax.tree.leaves(state)
+  np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
