@@ -101,6 +101,10 @@ FORMS = {
   },
 }
 
+# Forms with custom rules of their own, which a loop would lose.
+IN_LOOPS = ("scaling domain", "sinkhorn ott", "asap")
+slow = pytest.mark.slow
+
 
 def looped(function):
   """Twice, as layers in a scan."""
@@ -111,8 +115,14 @@ def looped(function):
   return lambda query: jax.lax.scan(step, query, length=2)[0]
 
 
-@pytest.mark.parametrize("loop", [False, True], ids=["plain", "in a scan"])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+  ("name", "loop"),
+  [
+    pytest.param(name, loop, marks=[] if name in IN_LOOPS or not loop else slow)
+    for name in FORMS
+    for loop in (False, True)
+  ],
+)
 def test_against_differences_of_first_derivatives(name, loop, monkeypatch):
   if name in ("xla", "sinkhorn xla"):
     monkeypatch.setattr(xla_short, "_SHORT", 0)

@@ -188,6 +188,7 @@ def test_random_directions_depend_on_the_seed_alone():
   assert directions.shape == (models.HEADS, 12, DIM)
 
 
+@pytest.mark.slow
 def test_padded_dictionaries_of_inputs_give_the_same_as_bare_tokens():
   plain = models.batches()[:3]
   bare = compile(one_layer(), plain, 3)

@@ -89,6 +89,7 @@ def test_the_result_depends_on_the_seed_alone():
   assert first.held_out_loss[1:] != other.held_out_loss[1:]
 
 
+@pytest.mark.slow
 def test_what_lies_at_padding_changes_nothing():
   valid = jnp.arange(models.TOKENS + 2) < models.TOKENS
   mask = nnx.make_attention_mask(*2 * [jnp.broadcast_to(valid, (16, len(valid)))])
@@ -112,6 +113,7 @@ def test_what_lies_at_padding_changes_nothing():
   models.assert_same_state(first.model, other.model)
 
 
+@pytest.mark.slow
 def test_dropout_is_off_and_the_mode_of_the_model_stays():
   teacher = models.toy(dropout_rate=0.5)
   batches = models.batches()[:3]
@@ -128,6 +130,7 @@ def test_dropout_is_off_and_the_mode_of_the_model_stays():
   np.testing.assert_allclose(result.held_out_loss[0], error, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_batches_can_be_read_once_and_are_kept_up_to_a_limit(monkeypatch):
   monkeypatch.setattr("asap_jax.compiler.distillation._CACHE_BYTES", 1)
   source = iter(models.batches())
@@ -174,6 +177,7 @@ def test_what_cannot_be_distilled_is_refused(options, message):
     distil(**(arguments | options))
 
 
+@pytest.mark.slow
 def test_every_parameter_of_a_map_with_network_and_relaxation_is_trained():
   teacher, batches = models.toy(depth=1), models.batches()[:3]
   model, _ = asap_jax.compile(

@@ -290,6 +290,7 @@ def test_model_of_another_structure_is_refused(saved, options, message):
     load(saved, models.toy(**options))
 
 
+@pytest.mark.slow
 def test_intermediates_are_not_saved(tmp_path):
   model = compiled()
   expected = model(X)

@@ -9,6 +9,7 @@ from helpers import models
 
 import asap_jax
 
+pytestmark = pytest.mark.slow
 OPTIONS = {"slices": 4, "hidden": 4, "refine_steps": 2, "progress": False}
 
 

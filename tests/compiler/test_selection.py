@@ -44,6 +44,7 @@ def attention(model):
   return model.blocks[0].attention.attention_fn
 
 
+@pytest.mark.slow
 def test_any_operator_will_do_and_the_fastest_is_taken():
   result = compile(target_tv=1.0)
   (layer,) = result.report.layers
@@ -101,6 +102,7 @@ def test_cut_sinkhorn_is_chosen_where_it_is_faster(monkeypatch, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_the_teacher_stays_where_nothing_is_close_enough():
   with pytest.warns(UserWarning, match="no operator reaches target_tv=0"):
     # Few candidates: all of them are fitted in vain.

@@ -16,6 +16,7 @@ def test_quickstart_refuses_unknown_attentions(tmp_path, capsys):
   assert "name='lott': expected one of" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quickstart_runs_from_end_to_end(tmp_path, monkeypatch):
   def few_digits(seed):
     return Dataset(*(Split(*(array[:256] for array in part)) for part in digits(seed)))

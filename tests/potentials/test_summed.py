@@ -177,6 +177,7 @@ def test_gradient_is_that_of_finite_differences():
     np.testing.assert_allclose(one, other, rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_order_batch_and_jit_change_nothing():
   batch = jnp.stack([QUERY, QUERY[::-1] ** 2])
   keys = jnp.stack([KEY, 2.0 * KEY])

@@ -99,6 +99,7 @@ def test_padding_has_no_gradient_and_none_is_nan():
   assert np.abs(gradient).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_vmap_mixes_sharp_and_smooth_problems():
   logits = jax.random.normal(KEYS[2], (2, N, M)) * jnp.array([1.0, 60.0])[:, None, None]
 

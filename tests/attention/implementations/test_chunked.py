@@ -40,6 +40,7 @@ def pairs(monkeypatch):
   monkeypatch.setattr(chunked, "_LEAST_CHUNK", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
   "shape", [(BATCH, HEADS, N, M), (HEADS, 1, M), (BATCH, 1, N, 1)]
@@ -129,25 +130,6 @@ def test_vmap_agrees_with_a_loop():
   mapped = jax.jit(jax.vmap(attend))(queries, duals)
   for query, f, out in zip(queries, duals, mapped, strict=True):
     np.testing.assert_allclose(out, attend(query, f), atol=1e-6)
-
-
-@pytest.mark.usefixtures("small")
-def test_second_derivatives_against_differences_of_first_ones():
-  query, key, value, f = (x[0, 0] for x in (QUERY, KEY, VALUE, F))
-  direction = normal(N)
-
-  @jax.jit
-  @jax.grad
-  def slope(f):
-    return (chunked_attention(query, key, value, f, 2) ** 2).sum()
-
-  @jax.jit
-  def bent(f):
-    return jax.grad(lambda f: jnp.vdot(slope(f), direction))(f)
-
-  step = 1e-2
-  wanted = (slope(f + step * direction) - slope(f - step * direction)) / (2 * step)
-  np.testing.assert_allclose(bent(f), wanted, atol=2e-3 * np.abs(wanted).max())
 
 
 def test_more_closures_are_refused_where_relaxation_does_not_fit():

@@ -126,6 +126,7 @@ def test_what_stays_in_the_range_is_not_done_in_chunks(monkeypatch):
   np.testing.assert_array_equal(out[1], 0)
 
 
+@pytest.mark.slow
 def test_vmap_agrees_with_a_loop_also_where_one_side_is_shared():
   key, value = KEY[0, 0], VALUES[5][0, 0]
   queries, f = jnp.moveaxis(QUERY[:, 0], 0, 1), F[:, 0]  # mapped along the second axis
@@ -146,6 +147,7 @@ def test_vmap_agrees_with_a_loop_also_where_one_side_is_shared():
     np.testing.assert_allclose(*both, atol=1e-2 * np.abs(np.float64(gradient)).max())
 
 
+@pytest.mark.slow
 def test_jit_agrees_with_eager_and_weights_with_the_chunked_form():
   weights = jnp.abs(F[0, 0]).at[2].set(0.0), None
   arguments = QUERY, KEY, VALUES[5], F, 1, *weights

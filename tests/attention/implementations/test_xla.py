@@ -141,8 +141,9 @@ def test_vmap_agrees_with_the_batch():
   np.testing.assert_allclose(mapped, scaled_attention(*arguments), atol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masks"])
-@pytest.mark.parametrize("closures", [1, 2])
+@pytest.mark.parametrize(
+  ("closures", "masked"), [(1, False), (2, True)], ids=["all", "masks"]
+)
 def test_prediction_fused_with_closures_is_the_same(closures, masked):
   dual_map = DualMap(
     jnp.asarray(RANDOM.normal(size=(HEADS, 2, DIM)), jnp.float32),

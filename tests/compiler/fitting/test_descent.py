@@ -43,6 +43,7 @@ def test_loss_is_the_kl_of_the_plans(masked):
   np.testing.assert_allclose(found, sums.kl.sum() / sums.rows.sum(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [0, 6])
 def test_what_lies_at_padding_changes_nothing(hidden):
   seen = activation(masked=True)
@@ -155,6 +156,7 @@ def test_a_kl_that_is_not_finite_is_reported(samples):
   assert np.isfinite(result.dual_map.weights).all()
 
 
+@pytest.mark.slow
 @KINDS
 def test_the_result_depends_on_the_seed_alone(samples, kind):
   def run(seed):
@@ -225,6 +227,7 @@ def test_nothing_to_do_is_refused(arguments, message, unchecked):
     refine(dual_map(), **arguments)
 
 
+@pytest.mark.slow
 def test_compile_refines_and_never_ends_worse_than_the_ridge_fit():
   model, batches = models.teacher(), models.batches()
   refined = asap_jax.compile(

@@ -88,6 +88,7 @@ def test_objectives_part_where_the_teacher_has_not_converged():
   assert by_plan[2] < by_objective[2]
 
 
+@pytest.mark.slow
 def test_the_seed_alone_decides():
   first, other = (fitted(hidden=4, seed=seed) for seed in (0, 1))
   fitted.cache_clear()
@@ -97,6 +98,7 @@ def test_the_seed_alone_decides():
   assert not np.array_equal(first.weights, other.weights)
 
 
+@pytest.mark.slow
 def test_a_network_without_slices_is_compiled():
   compiled, report = asap_jax.compile(
     models.toy(depth=1),

@@ -44,6 +44,7 @@ def compile_double(teacher, batches, slices, *, seed, **options):
   return model, argparse.Namespace(seconds=slices + len(options))
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_resumed(tmp_path, small, capsys, monkeypatch):
   monkeypatch.setattr(asap_jax, "compile", compile_double)
   out = tmp_path / "out"

@@ -126,6 +126,7 @@ def test_whole_tokens_are_dropped():
   np.testing.assert_allclose(states[0][kept], undropped[kept] / 0.7, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_nearly_the_same():
   plain = forward(text_encoder(SINKHORN), batch())
   model = text_encoder(SINKHORN, dtype="bfloat16")

@@ -88,6 +88,7 @@ def test_a_run_that_ended_is_not_trained_again(tmp_path):
   assert (tmp_path / "metrics.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_alike(tmp_path):
   code = f"from helpers import small_training as s; s.run({str(tmp_path)!r}, pause=7)"
   killed = subprocess.Popen(
@@ -109,6 +110,7 @@ def test_a_run_that_is_killed_ends_alike(tmp_path):
   assert_same_end(small_training.run(tmp_path), tmp_path)
 
 
+@pytest.mark.slow
 def test_two_devices_share_a_batch():
   code = "from helpers import small_training as s; s.print_on_two_devices()"
   flags = os.environ["XLA_FLAGS"]

@@ -62,6 +62,7 @@ def gap(dual_map, held_out):
   return short.sum() / (HEADS * seen.query_mask.sum())
 
 
+@pytest.mark.slow
 def test_regression_is_least_squares_of_converged_duals(problems):
   few = problems[0][:2]
   fitted = fit_by_regression(few, directions(), iterations=300, ridge=1e-9)
@@ -86,6 +87,7 @@ def test_regression_is_least_squares_of_converged_duals(problems):
     assert np.abs(expected).max() > 0.1
 
 
+@pytest.mark.slow
 def test_objective_needs_no_teacher_and_comes_closer_than_regression(problems):
   fitted = fit_by_regression(problems[0], directions(), iterations=300)
   poor = dataclasses.replace(fitted, weights=jnp.full_like(fitted.weights, DIM / 3))
@@ -96,6 +98,7 @@ def test_objective_needs_no_teacher_and_comes_closer_than_regression(problems):
   assert not np.allclose(found.dual_map.directions, poor.directions)
 
 
+@pytest.mark.slow
 def test_a_network_without_slices_learns_from_the_objective(problems):
   zero = unsliced_map(HEADS, DIM)
   seen = problems[0][0]

@@ -41,6 +41,7 @@ assert display.draw([], pathlib.Path("none.png")) == []
   assert b"Matplotlib is not installed: no figures" in out.stdout
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(tmp_path, capsys):
   out = tmp_path / "out"
   speed.main(
