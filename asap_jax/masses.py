@@ -58,7 +58,6 @@ def normalised(weights: Masses, size: int) -> Float[Array, "... n"]:
   return weights / jnp.where(total > 0, total, 1.0)
 
 
-
 def zero_invalid(
   values: Shaped[Array, "..."], weights: Masses, axis: int = -1
 ) -> Shaped[Array, "..."]:

@@ -25,7 +25,7 @@ import optax
 from rich.progress import track
 
 from asap_jax.c_transform.scaling_domain import scaled_plan
-from asap_jax.compiler.fitting.samples import Minibatches, Sample
+from asap_jax.compiler.fitting.samples import Sample, minibatches
 from asap_jax.compiler.fitting.scales import parameter_scale
 from asap_jax.dual_map.predict import DualMap, predict_dual
 from asap_jax.masses import zero_invalid
@@ -106,7 +106,7 @@ class Refiner:
     self._batch_size = batch_size
     self._random = np.random.default_rng(seed)
     self._description, self._progress = description, progress
-    first = next(Minibatches(pools, batch_size, np.random.default_rng(seed)))
+    first = next(minibatches(pools, batch_size, np.random.default_rng(seed)))
     self._scale = parameter_scale(dual_map, first)
     self._parameters = jax.tree.map(jnp.divide, dual_map, self._scale)
     warm_up = max(1, steps // 20)
@@ -133,7 +133,7 @@ class Refiner:
 
   def run(self, pools: Sequence[Sample], steps: int) -> None:
     """Takes up to so many of the remaining steps on these samples."""
-    batches = Minibatches(pools, self._batch_size, self._random)
+    batches = minibatches(pools, self._batch_size, self._random)
     steps = min(steps, self._steps - self._taken)
     for _ in track(range(steps), self._description, disable=not self._progress):
       if self.finished:

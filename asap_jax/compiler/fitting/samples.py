@@ -85,6 +85,3 @@ def minibatches(
     random.shuffle(waiting)
     for pool, rows in reversed(waiting):
       yield jax.tree.map(operator.itemgetter(rows), pool)
-
-
-Minibatches = minibatches

@@ -12,7 +12,7 @@ import asap_jax
 from asap_jax.attention.inputs import Activation
 from asap_jax.compiler.fidelity import fidelity_sums
 from asap_jax.compiler.fitting.descent import Refiner, mean_kl, refine
-from asap_jax.compiler.fitting.samples import Minibatches, pooled, sample_of
+from asap_jax.compiler.fitting.samples import minibatches, pooled, sample_of
 from asap_jax.compiler.fitting.scales import add_network
 from asap_jax.compiler.operators import Asap
 from asap_jax.compiler.recording import Observer
@@ -206,7 +206,7 @@ def test_minibatches_pass_over_all_sequences():
   )
   pools = pooled([jax.device_get(s) for s in (whole, other, whole)])
   assert sorted(pool.size for pool in pools) == [4, 4]
-  batches = Minibatches(pools, 2, np.random.default_rng(0))
+  batches = minibatches(pools, 2, np.random.default_rng(0))
   seen = [next(batches) for _ in range(4)]
   shapes = sorted(batch.activation.query.shape for batch in seen)
   assert shapes == [(2, 3, 5, 4)] * 2 + [(2, 3, 7, 4)] * 2
