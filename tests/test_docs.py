@@ -139,6 +139,7 @@ def checkout(tmp_path):
   return tmp_path
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly_and_not_with_a_malformed_docstring(checkout):
   built = build(checkout)
   assert built.returncode == 0, built.stderr

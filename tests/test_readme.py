@@ -13,7 +13,7 @@ README = ROOT / "README.md"
 def test_the_example_runs_and_prints_its_report(capsys, monkeypatch):
   # As it stands, but for how long the maps are refined, and how many cuts of Sinkhorn
   # are compiled beside them.
-  few = functools.partial(asap_jax.compile, refine_steps=100)
+  few = functools.partial(asap_jax.compile, refine_steps=20)
   monkeypatch.setattr(asap_jax, "compile", few)
   monkeypatch.setattr(measure, "CUTS", (1,))
   names = run_examples(README)

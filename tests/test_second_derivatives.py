@@ -101,8 +101,9 @@ FORMS = {
   },
 }
 
-# Forms with custom rules of their own, which a loop would lose.
-IN_LOOPS = ("scaling domain", "sinkhorn ott", "asap")
+# Forms with custom rules of their own, which a loop would lose; the rest is slow.
+LOOPED = ("scaling domain", "sinkhorn ott", "asap")
+QUICK = ("closures", "chunked", *LOOPED)
 slow = pytest.mark.slow
 
 
@@ -118,7 +119,9 @@ def looped(function):
 @pytest.mark.parametrize(
   ("name", "loop"),
   [
-    pytest.param(name, loop, marks=[] if name in IN_LOOPS or not loop else slow)
+    pytest.param(
+      name, loop, marks=[] if name in QUICK and (name in LOOPED or not loop) else slow
+    )
     for name in FORMS
     for loop in (False, True)
   ],
@@ -142,6 +145,7 @@ def test_against_differences_of_first_derivatives(name, loop, monkeypatch):
   np.testing.assert_allclose(second(QUERY), wanted, atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [False, True], ids=["plain", "in a scan"])
 def test_of_cudnn_as_of_chunked(loop):
   query, key, value = (x.astype(jnp.bfloat16) for x in (QUERY, KEY, VALUE))

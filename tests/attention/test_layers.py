@@ -88,6 +88,7 @@ def compiled_layer():
   )
 
 
+@pytest.mark.slow
 def test_compiled_attention_inside_flax_against_numpy(compiled_layer):
   mask = nnx.make_attention_mask(VALID, VALID)
   masks = dict.fromkeys(("query_mask", "key_mask"), np.asarray(VALID))

@@ -58,6 +58,7 @@ def test_only_dual_maps_change_and_only_in_the_copy():
   assert changed == {path for path in old if isinstance(old[path], DualParam)}
 
 
+@pytest.mark.slow
 def test_steps_that_make_it_worse_are_taken_back():
   start = models.compiled().model
   result = distil(
@@ -68,6 +69,7 @@ def test_steps_that_make_it_worse_are_taken_back():
   models.assert_same_state(result.model, start)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_reported():
   start = models.compiled().model
   with pytest.warns(UserWarning, match="going back to step 0"):

@@ -154,6 +154,7 @@ def test_null_direction_gives_null_potentials_and_finite_gradients():
   assert jnp.isfinite(slope(null)).all()
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_agree_with_eager_calls():
   masks = on_device(MASKS)
   with jax.disable_jit():

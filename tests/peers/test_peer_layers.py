@@ -38,6 +38,7 @@ MAKE = {
 each = pytest.mark.parametrize("name", MAKE)
 
 
+@pytest.mark.slow
 @each
 def test_parameters_train_inside_multi_head_attention(name):
   layer = nnx.MultiHeadAttention(

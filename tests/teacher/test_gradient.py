@@ -51,8 +51,10 @@ def masses(weights, shape):
   return weights / weights.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 7])
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("iterations", [pytest.param(1, marks=pytest.mark.slow), 2, 7])
+@pytest.mark.parametrize(
+  "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
+)
 # At scale 1 the scaling domain serves, at 60 its range would not do.
 @pytest.mark.parametrize("scale", [1.0, 60.0])
 def test_gradient_of_logits_and_start_is_that_of_ott_unrolled(

@@ -46,6 +46,7 @@ def solve(problem, initializer):
   return solver(initializer)(problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masses", MASSES)
 @pytest.mark.parametrize("cost", COSTS)
 def test_same_plan_in_fewer_iterations(cost, masses):
@@ -91,6 +92,7 @@ def test_start_is_the_sliced_one_in_the_units_of_the_cost(masses):
   np.testing.assert_allclose(shift, shift[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_schedules_kernels_and_online_costs_are_served():
   schedule = epsilon_scheduler.Epsilon(0.5, init=4.0, decay=0.5)
   scheduled = problem(epsilon=schedule)

@@ -34,7 +34,9 @@ def dual_map():
   return asap_jax.DualMap(directions, 0.3 * jax.random.normal(KEYS[3], (3, 8)))
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+  "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
+)
 def test_loss_is_the_kl_of_the_plans(masked):
   seen = activation(masked)
   (sums,) = fidelity_sums(seen, [Asap(dual_map())], 5)
@@ -96,7 +98,8 @@ def start(samples, kind):
 
 kl = jax.jit(mean_kl)
 
-KINDS = pytest.mark.parametrize("kind", ["linear", "network", "closures"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("network", "closures")]
+KINDS = pytest.mark.parametrize("kind", ["linear", *SLOW])
 
 
 @KINDS

@@ -106,7 +106,9 @@ def activations(count, masked, seed=0):
   return batches
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+  "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
+)
 def test_loss_of_a_sample_is_minus_the_objective_of_the_closed_dual(masked):
   (seen,) = activations(1, masked)
   dual_map = asap_jax.DualMap(

@@ -74,6 +74,7 @@ def losses(dual_map):
   return sums / duals.size
 
 
+@pytest.mark.slow
 def test_the_objective_is_better_on_what_is_held_out():
   before, after = losses(fitted(refine_steps=0)), losses(fitted())
   assert after[0] < before[0]

@@ -24,7 +24,16 @@ TOKENS = RANDOM.normal(size=(7, TINY.length, 1)).astype(np.float32)
 LABELS = RANDOM.integers(3, size=7)
 
 
-@pytest.mark.parametrize("name", [*TRAINABLE, "sinkhorn@2"])
+QUICK = ("softmax", "lot", "sinkhorn@2")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in (*TRAINABLE, "sinkhorn@2")
+  ],
+)
 def test_each_name_trains(name):
   model = build(name, dataclasses.replace(TINY, layers=1), seed=0)
 

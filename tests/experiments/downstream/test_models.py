@@ -192,6 +192,7 @@ IMAGES = Prepared("images", "image", {}, {}, 100, (), image_shape=(32, 32, 3))
 LARGE = Prepared("large", "image", {}, {}, 2, (), image_shape=(224, 224, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("prepared", "length", "token_size"),
   [(TEXTS, 512, 500), (IMAGES, 64, 48), (LARGE, 196, 768)],

@@ -30,6 +30,7 @@ def to_first_key(query, key, value, *, module=None, **given):
   return jnp.broadcast_to(value[:, :1], value.shape)
 
 
+@pytest.mark.slow
 def test_plans_are_measured_as_they_are(monkeypatch):
   model = Encoder(TINY, to_first_key, nnx.Rngs(0))
   found = measuring.measure(model, Split(TOKENS, LABELS))

@@ -83,6 +83,7 @@ def test_training_steps_against_finite_differences():
     np.testing.assert_allclose(slopes[0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_random_dual_maps_are_of_the_logits_size(hidden):
   problem = problem_of(SHAPE._replace(length=32, head_dim=8))
@@ -95,6 +96,7 @@ def test_random_dual_maps_are_of_the_logits_size(hidden):
   assert np.all((np.std(f, -1) > 0.1) & (np.std(f, -1) < 3.0))
 
 
+@pytest.mark.slow
 def test_asap_is_the_closure_of_its_dual_map():
   problem = problem_of(slices=(2, 3))
   found = candidates(problem, ["asap", "asap_linear"])
@@ -111,6 +113,7 @@ def test_asap_is_the_closure_of_its_dual_map():
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lot", "est"])  # a module, a function
 def test_peers_are_those_of_the_experiments(name):
   problem = problem_of()
