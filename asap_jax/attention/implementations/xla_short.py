@@ -36,9 +36,9 @@ def predicted_values(
   The same as `predict_dual` and `closed_values`, but the cumulants read the logits'
   products instead of a covariance, and f is not centred: an arbitrary constant per
   sequence and head, cancelled by the next closure, while a reduction over queries would
-  end XLA's loop. On 2 CPU cores (JAX 0.10.2, float32, 8 sequences of 128 tokens, 8 heads
-  of dimension 64) that takes 6.1 instead of 7.7 ms with 8 slices, 3.7 instead of 5.3
-  without, where softmax takes 4.2.
+  end XLA's loop. On 2 CPU cores (JAX 0.10.2, float32, 8 sequences of 128 tokens, 8
+  heads of dimension 64) that takes 6.1 instead of 7.7 ms with 8 slices, 3.7 instead of
+  5.3 without, where softmax takes 4.2.
 
   Args:
     dual_map: without a network, whose inputs would be kept in memory.
