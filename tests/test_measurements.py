@@ -100,7 +100,8 @@ def agrees(args, config):
 @PAGES
 def test_tables_are_those_of_the_results(page):
   text = page.read_text()
-  assert tables.files(text) or page.name == "index.md"
+  # A page without tables says that its runs are still to come.
+  assert tables.files(text) or "<!-- to come: " in text or page.name == "index.md"
   assert tables.filled(text) == text
 
 

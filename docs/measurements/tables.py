@@ -12,7 +12,8 @@ row: **the teacher** | method=sinkhorn
 
 A cell shows that entry, in that format, of the one row of the file which has the values
 that column and row ask for (`shift=`: no such entry). A column may name another file,
-and divide (`temp_bytes/1048576`). `<!-- run: FILE -->` is followed by where it ran.
+and divide (`temp_bytes/1048576`). `<!-- run: FILE -->` is followed by where it ran. A
+description that begins with `to come:` waits for its run.
 """
 
 import argparse
