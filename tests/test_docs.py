@@ -26,7 +26,17 @@ docstrings = hook("docstrings")
 WITH_CODE = [page for page in PAGES if examples(page) and page.name != "README.md"]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+LONG = ("compiler", "teacher")
+
+
+@pytest.mark.parametrize(
+  "page",
+  [
+    pytest.param(page, marks=pytest.mark.slow if page.stem in LONG else ())
+    for page in WITH_CODE
+  ],
+  ids=lambda page: page.stem,
+)
 def test_code_on_pages_runs(page):
   run_examples(page)
 

@@ -48,7 +48,18 @@ MODULES += [
 WITH_EXAMPLES = [module for module in MODULES if any(examples(module))]
 
 
-@pytest.mark.parametrize("module", WITH_EXAMPLES, ids=lambda module: module.__name__)
+# Their examples fit something, sort eagerly, or import OTT-JAX.
+LONG = ("compiler.api", "compiler.distillation", "kantorovich", "teacher.initializer")
+
+
+@pytest.mark.parametrize(
+  "module",
+  [
+    pytest.param(each, marks=pytest.mark.slow if each.__name__.endswith(LONG) else ())
+    for each in WITH_EXAMPLES
+  ],
+  ids=lambda module: module.__name__,
+)
 def test_examples_of_a_module_run(module):
   runner = doctest.DocTestRunner(optionflags=FLAGS)
   said = []

@@ -59,6 +59,7 @@ def closed_plans(logits, duals, count=1):
   return plans
 
 
+@pytest.mark.slow
 def test_teacher_stays_as_it_was():
   models.compiled()
   models.assert_same_state(models.teacher(), models.toy())

@@ -34,6 +34,7 @@ def held_out_error(model):
   return ((found - expected) ** 2).mean() / expected.var()
 
 
+@pytest.mark.slow
 def test_outputs_come_closer_on_held_out_batches():
   result, start = distilled(), models.compiled().model
   np.testing.assert_allclose(result.held_out_loss[0], held_out_error(start), rtol=1e-3)

@@ -220,6 +220,7 @@ def test_transport_is_where_sorted_points_meet():
       np.testing.assert_allclose(found, expected - expected.mean(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [KINDS, KINDS[1:3], KINDS[2:], ("query",)], ids=str)
 @pytest.mark.parametrize("weights", [(None, None), MASKS], ids=["whole", "masked"])
 def test_features_in_parts_are_the_columns(kinds, weights):
@@ -242,7 +243,7 @@ def test_features_in_parts_are_the_columns(kinds, weights):
 
 
 @pytest.mark.parametrize("weights", [(None, None), MASKS], ids=["whole", "masked"])
-@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("offset", [pytest.param(0.0, marks=pytest.mark.slow), 30.0])
 def test_cumulants_of_products_are_those_of_queries_and_keys(weights, offset):
   given = on_device(weights)
   key = KEY + offset

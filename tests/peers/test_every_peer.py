@@ -117,6 +117,7 @@ def test_permutations_of_queries_and_keys(case):
   np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @each
 def test_half_precision(case):
   inputs = [x.astype(jnp.bfloat16) for x in case.inputs]

@@ -54,6 +54,7 @@ def test_no_matrix_of_queries_by_keys_is_formed():
   )
 
 
+@pytest.mark.slow
 def test_pivot_without_mass_is_as_if_absent():
   masses = PIVOT.masses.at[:, 1].set(-1e3)
   keep = np.asarray([0, 2])

@@ -34,6 +34,7 @@ def test_rows_are_exact():
   np.testing.assert_allclose(row_error(weights), 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_prediction_gives_sinkhorn_and_its_columns():
   # As many features as keys: the regression of one sequence's duals is exact.
   query, key, value = QUERY[:1], KEY[:1], VALUE[:1]

@@ -67,7 +67,9 @@ def test_principal_slices_are_eigenvectors_of_both_covariances():
   np.testing.assert_allclose(turned, np.diag(np.linalg.eigvalsh(both)), atol=1e-5)
 
 
-@pytest.mark.parametrize("entropic", [True, False])
+@pytest.mark.parametrize(
+  "entropic", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_start_is_the_formula_in_float64(name, entropic):
   weights = WEIGHTS[name]

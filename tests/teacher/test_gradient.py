@@ -72,6 +72,7 @@ def test_gradient_of_logits_and_start_is_that_of_ott_unrolled(
     np.testing.assert_allclose(got, want, atol=1e-4 * largest + 1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_of_masses_is_that_of_ott_unrolled():
   logits = jax.random.normal(KEYS[2], (2, N, M))
   a, b = (

@@ -81,6 +81,7 @@ def start(given, **options):
   return f
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masses", MASSES)
 def test_start_is_the_sliced_one_in_the_units_of_the_cost(masses):
   given = problem("squared", masses, 0.3, scale_cost=7.0)
@@ -116,6 +117,7 @@ def test_problems_are_solved_in_a_batch():
   np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slices", ["principal", "directions"])
 def test_other_slices_are_passed_on(slices):
   slices = jax.random.orthogonal(KEYS[4], DIM) if slices == "directions" else slices

@@ -58,6 +58,7 @@ def assert_same_end(result, directory):
   assert_equal(small_training.parameters(result), small_training.parameters(expected))
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_keeps_what_was_best():
   result, metrics = whole()
   assert [int(row["step"]) for row in metrics] == [3, 6, 9, 12]
