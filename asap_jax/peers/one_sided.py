@@ -2,6 +2,7 @@
 
 from jaxtyping import Array
 
+from asap_jax.attention.functions import check_heads
 from asap_jax.attention.inputs import Inputs
 from asap_jax.attention.signature import attention_fn
 from asap_jax.dual_map.predict import DualMap, predict_dual
@@ -30,12 +31,7 @@ def one_sided_attention(inputs: Inputs, *, dual_map: DualMap) -> Array:
   Raises:
     ValueError: as `asap_jax.sinkhorn_attention`, and if `dual_map` does not fit.
   """
-  heads, _, dim = dual_map.directions.shape
-  if (heads, dim) != (inputs.query.shape[-3], inputs.query.shape[-1]):
-    raise ValueError(
-      f"dual_map was calibrated for {heads} heads of dimension {dim}: got "
-      f"{inputs.query.shape[-3]} heads of dimension {inputs.query.shape[-1]}"
-    )
+  check_heads(dual_map, inputs)
   g = predict_dual(
     dual_map,
     inputs.key * inputs.scale,
