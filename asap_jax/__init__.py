@@ -2,8 +2,9 @@
 
 Train with Sinkhorn attention, then `compile` the model: each attention layer becomes a
 learned map from exact one-dimensional potentials to the Sinkhorn dual, and one entropic
-closure. Rooms bear the method's words: `potentials`, `dual_map`, `c_transform`,
-`teacher`, `attention`, `compiler`; names that are not here are imported from them.
+closure. Or train from a Gaussian start, which makes one to three iterations enough.
+Rooms bear the method's words: `potentials`, `dual_map`, `c_transform`, `teacher`,
+`attention`, `compiler`; names that are not here are imported from them.
 """
 
 from typing import TYPE_CHECKING
@@ -19,7 +20,12 @@ from asap_jax.attention import (
 from asap_jax.c_transform import Duals, closure, closures, plan
 from asap_jax.compiler import compile, distil, load, save
 from asap_jax.dual_map import DualMap, predict_dual
-from asap_jax.potentials import Potentials, kantorovich_potentials, sliced_potentials
+from asap_jax.potentials import (
+  Potentials,
+  gaussian_potential,
+  kantorovich_potentials,
+  sliced_potentials,
+)
 from asap_jax.teacher import sinkhorn_duals
 
 __version__ = "0.1.0"
@@ -29,6 +35,7 @@ __all__ = [
   "DualMap",
   "DualParam",
   "Duals",
+  "GaussianDualInitializer",
   "Potentials",
   "SinkhornMultiHeadAttention",
   "SlicedDualInitializer",
@@ -37,6 +44,7 @@ __all__ = [
   "closures",
   "compile",
   "distil",
+  "gaussian_potential",
   "kantorovich_potentials",
   "load",
   "plan",
@@ -49,15 +57,18 @@ __all__ = [
 ]
 
 
-# A class of OTT-JAX's kind: imported where it is asked for, since compiled models are
-# served without OTT-JAX.
+# Classes of OTT-JAX's kind: imported where they are asked for, since compiled models
+# are served without OTT-JAX.
 if TYPE_CHECKING:
-  from asap_jax.teacher.initializer import SlicedDualInitializer
+  from asap_jax.teacher.initializer import (
+    GaussianDualInitializer,
+    SlicedDualInitializer,
+  )
 else:
 
   def __getattr__(name: str) -> object:
-    if name == "SlicedDualInitializer":
-      from asap_jax.teacher.initializer import SlicedDualInitializer
+    if name in ("GaussianDualInitializer", "SlicedDualInitializer"):
+      from asap_jax.teacher import initializer
 
-      return SlicedDualInitializer
+      return getattr(initializer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

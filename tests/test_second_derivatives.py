@@ -4,6 +4,7 @@ JAX drops custom rules where it differentiates a loop twice, so that a rule whic
 its inputs would give wrong numbers without a word.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,37 +19,46 @@ from asap_jax.attention.implementations.chunked import chunked_attention
 from asap_jax.attention.implementations.cudnn import cudnn_attention
 from asap_jax.attention.implementations.xla import scaled_attention
 from asap_jax.c_transform import scaled_plan
-from asap_jax.dual_map.features import KINDS
+from asap_jax.dual_map.features import KINDS, feature_count
 from asap_jax.peers import attention_named
 from asap_jax.teacher import sinkhorn_source_dual
 
 HEADS, N, M, DIM, COUNT = 2, 4, 5, 3, 3
 RANDOM = np.random.default_rng(0)
-QUERY, KEY, VALUE, F = (
+QUERY, KEY, VALUE, F, G = (
   jnp.asarray(RANDOM.normal(size=(HEADS, *shape)), jnp.float32)
-  for shape in ((N, DIM), (M, DIM), (M, DIM), (N,))
+  for shape in ((N, DIM), (M, DIM), (M, DIM), (N,), (M,))
 )
 COTANGENT, TANGENT = (
   jnp.asarray(RANDOM.normal(size=(HEADS, N, DIM)), jnp.float32) for _ in range(2)
 )
 OMEGA = jnp.asarray([[1.3, 0.9], [1.5, 1.1]])
+STEPS = {"relaxation": OMEGA, "momentum": jnp.asarray([[0.3, 0.4], [0.1, -0.3]])}
+# From where, and how many closures.
+FROM_QUERIES = F, COUNT, STEPS
+FROM_KEYS = G, COUNT, STEPS | {"side": "key"}
+HALF = G, 0, {"side": "key"}
 DUAL_MAP = asap_jax.DualMap(
   jnp.asarray(RANDOM.normal(size=(HEADS, 2, DIM)), jnp.float32),
-  jnp.asarray(0.3 * RANDOM.normal(size=(HEADS, 6 + DIM + 2)), jnp.float32),
+  jnp.asarray(
+    0.3 * RANDOM.normal(size=(HEADS, feature_count(KINDS, 2, DIM))), jnp.float32
+  ),
   KINDS,
-  relaxation=OMEGA,
+  **STEPS,
 )
 
 
-def closures(query):
+def closures(start, query):
+  dual, count, steps = start
   logits = jnp.einsum("hnd,hmd->hnm", query, KEY)
-  duals = asap_jax.closures(logits, F, COUNT, relaxation=OMEGA)
+  duals = asap_jax.closures(logits, dual, count, **steps)
   return asap_jax.plan(logits, duals) @ VALUE
 
 
-def in_scaling_domain(query):
+def in_scaling_domain(start, query):
+  dual, count, steps = start
   logits = jnp.einsum("hnd,hmd->hnm", query, KEY)
-  scaled = scaled_plan(logits, F, COUNT, relaxation=OMEGA)
+  scaled = scaled_plan(logits, dual, count, **steps)
   return scaled.apply(VALUE) + scaled.duals.f[..., None]
 
 
@@ -57,8 +67,9 @@ def source_dual(query):
   return sinkhorn_source_dual(logits, COUNT)[..., None] * jnp.ones(DIM)
 
 
-def implementation(function, query):
-  return function(query, KEY, VALUE, F, COUNT, relaxation=OMEGA)
+def implementation(function, start, query):
+  dual, count, steps = start
+  return function(query, KEY, VALUE, dual, count, **steps)
 
 
 def flax(function, query):
@@ -79,18 +90,36 @@ def predicted(query):
 
 
 FORMS = {
-  "closures": closures,
-  "scaling domain": in_scaling_domain,
   "source dual": source_dual,
-  "xla": functools.partial(implementation, scaled_attention),
-  "xla short": functools.partial(implementation, scaled_attention),
-  "chunked": functools.partial(implementation, chunked_attention),
+  **{
+    f"{name}{of_start}": functools.partial(function, start)
+    for of_start, start in {
+      "": FROM_QUERIES,
+      " from keys": FROM_KEYS,
+      " half": HALF,
+    }.items()
+    for name, function in {
+      "closures": closures,
+      "scaling domain": in_scaling_domain,
+      "xla": functools.partial(implementation, scaled_attention),
+      "xla short": functools.partial(implementation, scaled_attention),
+      "chunked": functools.partial(implementation, chunked_attention),
+    }.items()
+  },
   "sinkhorn ott": sinkhorn("ott"),
   "sinkhorn xla": sinkhorn("xla"),
   "sinkhorn chunked": sinkhorn("chunked"),
-  "asap": functools.partial(
-    flax, functools.partial(asap_jax.asap_attention, dual_map=DUAL_MAP)
-  ),
+  **{
+    name: functools.partial(
+      flax, functools.partial(asap_jax.asap_attention, dual_map=dual_map)
+    )
+    for name, dual_map in {
+      "asap": DUAL_MAP,
+      "asap half": dataclasses.replace(
+        DUAL_MAP, side="key", half=True, relaxation=None, momentum=None
+      ),
+    }.items()
+  },
   "predict_dual": predicted,
   **{
     f"peers {name}": functools.partial(flax, attention_named(name, **options))
@@ -127,7 +156,7 @@ def looped(function):
   ],
 )
 def test_against_differences_of_first_derivatives(name, loop, monkeypatch):
-  if name in ("xla", "sinkhorn xla"):
+  if name.startswith(("xla", "sinkhorn xla")) and "short" not in name:
     monkeypatch.setattr(xla_short, "_SHORT", 0)
   function = looped(FORMS[name]) if loop else FORMS[name]
 
@@ -145,14 +174,46 @@ def test_against_differences_of_first_derivatives(name, loop, monkeypatch):
   np.testing.assert_allclose(second(QUERY), wanted, atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.parametrize(
+  "name",
+  [
+    "scaling domain",
+    "scaling domain from keys",
+    pytest.param("xla from keys", marks=slow),
+    pytest.param("xla short from keys", marks=slow),
+    pytest.param("chunked from keys", marks=slow),
+    pytest.param("chunked half", marks=slow),
+  ],
+)
+def test_forward_mode_agrees_with_reverse_mode(name, monkeypatch):
+  if name == "xla from keys":
+    monkeypatch.setattr(xla_short, "_SHORT", 0)
+  function = FORMS[name]
+
+  @jax.jit
+  def both(query):
+    _, forward = jax.jvp(function, (query,), (TANGENT,))
+    slope = jax.grad(lambda q: jnp.vdot(COTANGENT, function(q)))(query)
+    return jnp.vdot(COTANGENT, forward), jnp.vdot(slope, TANGENT)
+
+  forward, reverse = both(QUERY)
+  assert abs(float(reverse)) > 0.05
+  np.testing.assert_allclose(forward, reverse, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "start", [(F, 2, {}), FROM_KEYS, HALF], ids=["queries", "keys", "half"]
+)
 @pytest.mark.parametrize("loop", [False, True], ids=["plain", "in a scan"])
-def test_of_cudnn_as_of_chunked(loop):
+def test_of_cudnn_as_of_chunked(loop, start):
+  dual, count, steps = start
   query, key, value = (x.astype(jnp.bfloat16) for x in (QUERY, KEY, VALUE))
 
   def second(attend):
     def function(query):
-      out = attend(query.astype(jnp.bfloat16), key, value, F, 2).astype(jnp.float32)
+      narrow = query.astype(jnp.bfloat16)
+      out = attend(narrow, key, value, dual, count, **steps).astype(jnp.float32)
       return out.sum(-1, keepdims=True) * jnp.ones(DIM)
 
     function = looped(function) if loop else function

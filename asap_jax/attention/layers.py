@@ -1,14 +1,19 @@
 """Flax NNX modules: a Sinkhorn layer to train, and the operator that replaces it."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
-from asap_jax.attention.functions import asap_attention, sinkhorn_attention
+from asap_jax.attention.functions import (
+  asap_attention,
+  check_iterations,
+  sinkhorn_attention,
+)
 from asap_jax.attention.implementations.dispatch import Implementation
 from asap_jax.dual_map.predict import DualMap
+from asap_jax.teacher.starts import Start
 
 
 class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
@@ -21,16 +26,21 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     num_heads: number of heads.
     in_features: features of the input.
     *args: for `nnx.MultiHeadAttention`.
-    iterations: full Sinkhorn iterations.
+    iterations: full Sinkhorn iterations from the start; see
+      `asap_jax.sinkhorn_attention`.
     epsilon: entropic regularisation; logits are divided by it.
+    start: of the iterations; see `asap_jax.sinkhorn_attention`.
+    implementation: likewise.
     decode: autoregressive decoding; only `False` is possible here.
     **kwargs: likewise; `rngs` is needed.
 
   Raises:
-    ValueError: if `decode` is true or `iterations` is below one.
+    ValueError: if `decode` is true, there are too few `iterations` or the `start` is
+      unknown.
 
   Example:
-    >>> layer = SinkhornMultiHeadAttention(2, 8, iterations=3, rngs=nnx.Rngs(0))
+    >>> layer = SinkhornMultiHeadAttention(
+    ...   2, 8, iterations=2, start="gaussian", rngs=nnx.Rngs(0))
     >>> layer(jax.numpy.ones((1, 6, 8))).shape
     (1, 6, 8)
   """
@@ -42,17 +52,23 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     *args: Any,
     iterations: int = 20,
     epsilon: float = 1.0,
+    start: Start = "zero",
+    implementation: Literal["ott", "xla", "chunked", "cudnn"] = "ott",
     decode: bool = False,
     **kwargs: Any,
   ):
-    if iterations < 1:
-      raise ValueError(f"iterations={iterations}: expected at least one")
+    check_iterations(iterations, start)
     if decode:
       raise ValueError(
         "decode=True: one-token decoding has no doubly stochastic form; expected False"
       )
+    # What is the default is not bound: models saved before these options still load.
+    options = {"start": start, "implementation": implementation}
+    bound = {
+      name: value for name, value in options.items() if value not in ("zero", "ott")
+    }
     attention_fn = functools.partial(
-      sinkhorn_attention, iterations=iterations, epsilon=epsilon
+      sinkhorn_attention, iterations=iterations, epsilon=epsilon, **bound
     )
     super().__init__(
       num_heads,
@@ -107,6 +123,7 @@ class AsapAttention(nnx.Module):
     # `nnx.capture` puts an entry of its own beside the parameters.
     self.names = tuple(named)
     self.features = dual_map.features
+    self.side, self.half = dual_map.side, dual_map.half
     self.options = tuple(sorted((options or {}).items()))
     self.implementation = implementation
 
@@ -114,7 +131,7 @@ class AsapAttention(nnx.Module):
   def dual_map(self) -> DualMap:
     """The parameters as they stand."""
     leaves = {name: self.parameters[name][...] for name in self.names}
-    return DualMap.from_named(leaves, self.features)
+    return DualMap.from_named(leaves, self.features, side=self.side, half=self.half)
 
   def __call__(
     self,

@@ -7,7 +7,7 @@ A = n_valid P. With float weights a and b, rows sum to n_valid a_i and columns t
 n_valid b_j.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from asap_jax.numerics import float_dtype
 # Log 0 everywhere in this package: finite, so that gradients of masked entries are zero
 # and not NaN.
 LOG_ZERO = -1e30
+
+# Of a dual.
+Side = Literal["query", "key"]
 
 
 class Duals(NamedTuple):
@@ -130,68 +133,118 @@ def closure(
 
 def closures(
   logits: Float[Array, "*batch n m"],
-  f: Float[Array, "..."],
+  dual: Float[Array, "..."],
   count: int,
   query_weights: Masses = None,
   key_weights: Masses = None,
   *,
   relaxation: Float[Array, "..."] | None = None,
+  momentum: Float[Array, "..."] | None = None,
+  side: Side = "query",
 ) -> Duals:
-  r"""`count` closures in a row: as many Sinkhorn iterations started at f.
+  r"""`count` closures in a row: as many Sinkhorn iterations started at a dual.
 
-  With over-relaxation (Thibault et al., 2021, arXiv 1711.01851), a closure that took
-  $f_t$ to $F(f_t)$ is followed by one that starts at $f_t + \omega_t (F(f_t) - f_t)$.
-  The last closure is plain, so rows of the plan are exact.
+  A closure takes $f_t$ to $F(f_t)$, and the next one starts at
+  $f_{t+1} = f_t + \omega_t (F(f_t) - f_t) + c_t (f_t - f_{t-1})$, with over-relaxation
+  $\omega$ (Thibault et al., 2021, arXiv 1711.01851) and momentum c. The last closure is
+  plain, so rows of the plan are exact.
 
-  Works under jit, vmap and grad, in `relaxation` too.
+  A key-side dual g takes half an iteration to its f first. That alone, `count=0`, is
+  half a closure: softmax of S + g, with exact rows.
+
+  Works under jit, vmap and grad, in `relaxation` and `momentum` too.
 
   Args:
     logits: S, `[..., n, m]`.
-    f: query-side dual to start at, `[..., n]`.
-    count: closures, at least one.
+    dual: what to start at: f, `[..., n]`, or g, `[..., m]`.
+    count: closures, at least one; from the key side none will do.
     query_weights: `None`, mask or masses `[..., n]`.
     key_weights: the same of the keys, `[..., m]`.
     relaxation: omega, `[..., count - 1]`, broadcast against the batch axes of the
       logits; all ones by default.
+    momentum: c, like `relaxation`; all zeros by default. Its first column counts for
+      nothing: there is no $f_{-1}$.
+    side: whose dual it is, `"query"` or `"key"`.
 
   Returns:
     `Duals` of the plan that is closed last.
 
   Raises:
-    ValueError: if `count` is below one or `relaxation` does not have `count - 1`
-      columns; else as in `c_transform`.
+    ValueError: if `count` is too small or `relaxation` or `momentum` does not have
+      `count - 1` columns; else as in `c_transform`.
 
   Example:
     >>> logits = jnp.array([[2.0, 0.0], [1.0, 1.0]])
     >>> plan(logits, closures(logits, jnp.zeros(2), 20)).sum(-2).round(4).tolist()
     [1.0, 1.0]
   """
-  check_closures(count, relaxation)
+  check_closures(count, relaxation, momentum, side)
+  weights = query_weights, key_weights
+  if side == "key":
+    g = dual
+    dual = c_transform(logits, g, *weights, to="query")
+    if count == 0:
+      return Duals(dual, zero_invalid(g.astype(dual.dtype), key_weights))
 
-  def step(f, omega):
-    closed = closure(logits, f, query_weights, key_weights).f
-    return closed if omega is None else f + omega[..., None] * (closed - f), None
+  def step(carry, factors):
+    f, before = carry
+    return (advance(before, f, closure(logits, f, *weights).f, *factors), f), None
 
+  f = dual
   if count > 1:
     dtype = float_dtype(logits, f)
     f = zero_invalid(f.astype(dtype), query_weights)
     f = jnp.broadcast_to(f, logits.shape[:-1])
-    omega = (
-      None if relaxation is None else jnp.moveaxis(relaxation.astype(dtype), -1, 0)
-    )
-    f, _ = jax.lax.scan(step, f, omega, length=count - 1)
-  return closure(logits, f, query_weights, key_weights)
+    factors = by_closure(relaxation, momentum, dtype)
+    (f, _), _ = jax.lax.scan(step, (f, f), factors, length=count - 1)
+  return closure(logits, f, *weights)
 
 
-def check_closures(count: int, relaxation: Float[Array, "..."] | None) -> None:
-  """Raises ValueError unless `relaxation` is `None` or `[..., count - 1]`."""
-  if count < 1:
-    raise ValueError(f"count={count}: expected at least one closure")
-  if relaxation is not None and relaxation.shape[-1:] != (count - 1,):
+def advance(
+  before: Array, f: Array, closed: Array, omega: Array | None, c: Array | None
+) -> Array:
+  """f + omega (closed - f) + c (f - before), the start of the next closure.
+
+  Args:
+    before: the start of the closure before this one, `[..., n]`.
+    f: the start of this closure.
+    closed: what this closure made of it.
+    omega: `[...]`, or `None` for one.
+    c: `[...]`, or `None` for zero.
+  """
+  moved = closed if omega is None else f + omega[..., None] * (closed - f)
+  return moved if c is None else moved + c[..., None] * (f - before)
+
+
+def by_closure(
+  relaxation: Array | None, momentum: Array | None, dtype: jnp.dtype
+) -> tuple[Array | None, Array | None]:
+  """Factors `[..., count - 1]` with the closures in front, for a scan over them."""
+  return jax.tree.map(
+    lambda x: jnp.moveaxis(x.astype(dtype), -1, 0), (relaxation, momentum)
+  )
+
+
+def check_closures(
+  count: int,
+  relaxation: Float[Array, "..."] | None = None,
+  momentum: Float[Array, "..."] | None = None,
+  side: Side = "query",
+) -> None:
+  """Raises ValueError unless `closures` can do with these arguments."""
+  if side not in get_args(Side):
+    raise ValueError(f"side={side!r}: expected one of {get_args(Side)}")
+  least = 0 if side == "key" else 1
+  if count < least:
     raise ValueError(
-      f"relaxation has shape {relaxation.shape}: expected [..., {count - 1}], one "
-      f"factor between every two of count={count} closures"
+      f"count={count}: expected at least {least} from the {side} side's dual"
     )
+  for name, factors in (("relaxation", relaxation), ("momentum", momentum)):
+    if factors is not None and factors.shape[-1:] != (max(count - 1, 0),):
+      raise ValueError(
+        f"{name} has shape {factors.shape}: expected [..., {max(count - 1, 0)}], one "
+        f"factor between every two of count={count} closures"
+      )
 
 
 def plan(

@@ -23,6 +23,9 @@ from jaxtyping import Array, Float
 from asap_jax.c_transform.entropic import (
   LOG_ZERO,
   Duals,
+  Side,
+  advance,
+  by_closure,
   check_closures,
   check_logits,
   closures,
@@ -93,12 +96,14 @@ class ScaledPlan(NamedTuple):
 
 def scaled_plan(
   logits: Float[Array, "*batch n m"],
-  f: Float[Array, "..."],
+  dual: Float[Array, "..."],
   count: int,
   query_weights: Masses = None,
   key_weights: Masses = None,
   *,
   relaxation: Float[Array, "..."] | None = None,
+  momentum: Float[Array, "..."] | None = None,
+  side: Side = "query",
 ) -> ScaledPlan:
   """The plan of `asap_jax.closures`, with as few exponentials as is safe.
 
@@ -107,11 +112,13 @@ def scaled_plan(
 
   Args:
     logits: S, `[..., n, m]`.
-    f: query-side dual to start at, `[..., n]`.
-    count: closures, at least one.
+    dual: to start at, `[..., n]` or `[..., m]`; see `asap_jax.closures`, as all below.
+    count: closures.
     query_weights: `None`, mask or masses `[..., n]`.
     key_weights: the same of the keys, `[..., m]`.
-    relaxation: see `asap_jax.closures`.
+    relaxation: between closures.
+    momentum: likewise.
+    side: whose dual it is.
 
   Returns:
     `ScaledPlan`, with the duals of the plan.
@@ -119,66 +126,86 @@ def scaled_plan(
   Raises:
     ValueError: as in `asap_jax.closures`.
   """
-  check_closures(count, relaxation)
+  check_closures(count, relaxation, momentum, side)
   check_logits(logits, query_weights, key_weights)
-  return _scaled_plan(count, logits, f, query_weights, key_weights, relaxation)
+  weights = query_weights, key_weights
+  return _scaled_plan(count, side, logits, dual, *weights, relaxation, momentum)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _scaled_plan(
   count: int,
+  side: Side,
   logits: Array,
-  f: Array,
+  dual: Array,
   query_weights: Masses,
   key_weights: Masses,
   relaxation: Array | None,
+  momentum: Array | None,
 ) -> ScaledPlan:
   n, m = logits.shape[-2:]
-  dtype = float_dtype(logits, f)
+  dtype = float_dtype(logits, dual)
   logits = logits.astype(dtype)
-  f = jnp.broadcast_to(zero_invalid(f.astype(dtype), query_weights), logits.shape[:-1])
-  rows = row_sums(query_weights, n).astype(dtype)
-  columns = column_sums(query_weights, key_weights, n, m).astype(dtype)
+  sums = (
+    row_sums(query_weights, n).astype(dtype),
+    column_sums(query_weights, key_weights, n, m).astype(dtype),
+  )
   pairs = valid_pairs(query_weights, key_weights)
   half = functools.partial(_half, logits, pairs)
 
-  def step(carry, omega):
-    kernel, queries, keys, start = carry
+  # The first half-iteration needs no product: all of the dual is in the kernel.
+  own, other, axis = (0, 1, -2) if side == "query" else (1, 0, -1)
+  own_weights = (query_weights, key_weights)[own]
+  dual = jnp.broadcast_to(
+    zero_invalid(dual.astype(dtype), own_weights),
+    (*logits.shape[:-2], logits.shape[axis]),
+  )
+  kernel, totals, absorbed = _absorb(logits, dual, pairs, axis)
+  one = jnp.broadcast_to((sums[own] > 0).astype(dtype), dual.shape)
+  given = _Side(one, dual, dual, sums[own])
+  fitted = _fitted(totals, absorbed, sums[other])
+  queries, keys = (given, fitted) if side == "query" else (fitted, given)
+
+  if side == "query":
+    f = dual
+    kernel, keys, queries = half(kernel, keys, queries, axis=-1)
+  elif count > 0:
+    f = queries.dual
+    kernel, queries, keys = half(kernel, queries, keys, axis=-2)
+    kernel, keys, queries = half(kernel, keys, queries, axis=-1)
+
+  def step(carry, factors):
+    kernel, queries, keys, start, before = carry
     dual = queries.dual
-    if omega is not None:
-      dual = start + omega[..., None] * (dual - start)
+    if factors != (None, None):
+      dual = advance(before, start, dual, *factors)
       # Too large a scaling is absorbed, and must only not overflow before.
       exponent = jnp.minimum(dual - queries.absorbed, _LOG_LARGEST + 1.0)
       queries = queries._replace(
-        scaling=jnp.where(rows > 0, jnp.exp(exponent), 0.0), dual=dual
+        scaling=jnp.where(queries.marginal > 0, jnp.exp(exponent), 0.0), dual=dual
       )
     kernel, queries, keys = half(kernel, queries, keys, axis=-2)
     kernel, keys, queries = half(kernel, keys, queries, axis=-1)
-    return (kernel, queries, keys, dual), None
+    return (kernel, queries, keys, dual, start), None
 
-  kernel, sums, absorbed = _absorb(logits, f, pairs, -2)
-  one = jnp.broadcast_to((rows > 0).astype(dtype), f.shape)
-  queries = _Side(one, f, f, rows)
-  keys = _fitted(sums, absorbed, columns)
-  kernel, keys, queries = half(kernel, keys, queries, axis=-1)
-  carry = kernel, queries, keys, f
   if count > 1:
-    if relaxation is not None:
-      relaxation = jnp.moveaxis(relaxation.astype(dtype), -1, 0)
-    carry, _ = jax.lax.scan(step, carry, relaxation, length=count - 1)
-  kernel, queries, keys, _ = carry
+    carry = kernel, queries, keys, f, f
+    factors = by_closure(relaxation, momentum, dtype)
+    carry, _ = jax.lax.scan(step, carry, factors, length=count - 1)
+    kernel, queries, keys, *_ = carry
   return ScaledPlan(
     kernel, queries.scaling, keys.scaling, Duals(queries.dual, keys.dual)
   )
 
 
 @_scaled_plan.defjvp
-def _scaled_plan_jvp(count, primals, tangents):
+def _scaled_plan_jvp(count, side, primals, tangents):
   # JAX drops custom rules where it differentiates a loop twice; in plain operations of
   # the log domain derivatives of every order are right there too.
-  def in_log_domain(logits, f, query_weights, key_weights, relaxation):
+  def in_log_domain(logits, dual, query_weights, key_weights, relaxation, momentum):
     weights = query_weights, key_weights
-    duals = closures(logits, f, count, *weights, relaxation=relaxation)
+    options = {"relaxation": relaxation, "momentum": momentum, "side": side}
+    duals = closures(logits, dual, count, *weights, **options)
     dense = plan(logits, duals, *weights)
     return ScaledPlan(dense, jnp.ones_like(duals.f), jnp.ones_like(duals.g), duals)
 

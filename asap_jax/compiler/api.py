@@ -138,7 +138,7 @@ def compile(
   if target_tv is None:
     fitted = fit_layers(teacher, options)
     operators: list[list[Operator]] = [
-      [Asap(fit.dual_map), *cuts(layer.site.iterations)]
+      [Asap(fit.dual_map), *cuts(layer.site.teacher)]
       for fit, layer in zip(fitted, teacher.layers, strict=True)
     ]
     measured = measure(teacher, operators)

@@ -1,6 +1,5 @@
 """How close an attention operator comes to its teacher on recorded activations."""
 
-import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,9 +12,8 @@ import numpy as np
 from asap_jax import metrics
 from asap_jax.attention.inputs import Activation
 from asap_jax.c_transform.entropic import closure, plan
-from asap_jax.compiler.operators import Operator
+from asap_jax.compiler.operators import Operator, Sinkhorn
 from asap_jax.masses import centre, valid_pairs
-from asap_jax.teacher.sinkhorn import sinkhorn_source_dual
 
 
 class FidelitySums(NamedTuple):
@@ -46,10 +44,10 @@ class FidelitySums(NamedTuple):
 
 
 def fidelity_sums(
-  activation: Activation, operators: Sequence[Operator], iterations: int
+  activation: Activation, operators: Sequence[Operator], teacher: Sinkhorn
 ) -> list[FidelitySums]:
-  """Sums that compare operators' plans with `iterations` of Sinkhorn, on one call."""
-  source = _source(activation, iterations)
+  """Sums that compare operators' plans with those of a teacher, on one call."""
+  source = _source(activation, teacher)
   return [
     FidelitySums(*(np.asarray(value, np.float64) for value in found))
     for found in (_fidelity_sums(activation, source, each) for each in operators)
@@ -90,10 +88,9 @@ def _values(operator, activation):
   return operator.attention_fn(query, key, key, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("iterations",))
-def _source(activation, iterations):
-  """The dual that the teacher's last iteration consumed."""
-  return sinkhorn_source_dual(activation.logits, iterations, *activation.masks)
+@jax.jit
+def _source(activation, teacher):
+  return teacher.source(activation)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Measuring operators on the held-out activations of a teacher's layers."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,10 +44,19 @@ class Measured(NamedTuple):
     return Alternative(self.label, self.tv, self.milliseconds)
 
 
-def cuts(iterations: int) -> list[Operator]:
-  """Sinkhorn stopped earlier, and not stopped but in its fastest form."""
-  kept = [k for k in CUTS if k < iterations]
-  return [Sinkhorn(k) for k in (*kept, iterations)]
+def cuts(teacher: Sinkhorn) -> list[Operator]:
+  """A teacher stopped earlier, and not stopped but in its fastest form."""
+  kept = [k for k in CUTS if k < teacher.iterations]
+  return [
+    dataclasses.replace(teacher, iterations=k, implementation="xla")
+    for k in (*kept, teacher.iterations)
+  ]
+
+
+def _by_ott(teacher: Sinkhorn) -> Sinkhorn:
+  """A teacher as OTT-JAX runs it, if it does."""
+  plain = teacher.relaxation == 1.0
+  return dataclasses.replace(teacher, implementation="ott") if plain else teacher
 
 
 def measure(
@@ -59,7 +69,7 @@ def measure(
   """
   layers = teacher.layers
   everyone = [
-    [Sinkhorn(layer.site.iterations, "ott"), *of_layer]
+    [_by_ott(layer.site.teacher), *of_layer]
     for layer, of_layer in zip(layers, operators, strict=True)
   ]
   sums: list[dict[int, FidelitySums]] = [{} for _ in layers]
@@ -67,7 +77,7 @@ def measure(
   for calls in teacher.activations("Measuring", held_out=True):
     for index, (layer, of_layer) in enumerate(zip(layers, calls, strict=True)):
       for activation in of_layer:
-        found = fidelity_sums(activation, everyone[index], layer.site.iterations)
+        found = fidelity_sums(activation, everyone[index], layer.site.teacher)
         for place, new in enumerate(found):
           old = sums[index].get(place)
           sums[index][place] = new if old is None else old + new
@@ -79,8 +89,8 @@ def measure(
     )
   return [
     [
-      Measured(operator.label, operator, summed, taken)
-      for operator, summed, taken in zip(*of_layer, strict=True)
+      Measured("teacher" if place == 0 else operator.label, operator, summed, taken)
+      for place, (operator, summed, taken) in enumerate(zip(*of_layer, strict=True))
     ]
     for of_layer in zip(everyone, map(dict.values, sums), times, strict=True)
   ]

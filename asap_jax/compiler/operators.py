@@ -5,12 +5,13 @@ Each knows its label in reports, its duals, and the function that a model calls 
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from asap_jax.attention.functions import (
   asap_attention,
@@ -19,10 +20,10 @@ from asap_jax.attention.functions import (
 )
 from asap_jax.attention.inputs import Activation
 from asap_jax.attention.layers import AsapAttention
-from asap_jax.c_transform.entropic import Duals, c_transform, closures
-from asap_jax.c_transform.scaling_domain import scaled_plan
-from asap_jax.compiler.sites import bound_arguments
+from asap_jax.c_transform.entropic import Duals, c_transform, closure, closures
 from asap_jax.dual_map.predict import DualMap, predict_dual
+from asap_jax.teacher.sinkhorn import sinkhorn_source_dual
+from asap_jax.teacher.starts import Start, starting_dual
 
 
 @runtime_checkable
@@ -34,7 +35,7 @@ class Operator(Protocol):
     """Name in reports, such as `"asap@2"` or `"sinkhorn@3"`."""
 
   def duals(self, seen: Activation) -> tuple[Duals, Array | None]:
-    """Duals of its plan, and the query-side dual if it predicts one."""
+    """Duals of its plan, and the query-side dual if it predicts such a one."""
 
   @property
   def attention_fn(self) -> Callable[..., jax.Array]:
@@ -59,16 +60,20 @@ class Softmax:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sinkhorn:
-  """Sinkhorn stopped after some iterations.
+  """Sinkhorn stopped after some iterations: a teacher, or a teacher cut short.
 
   Attributes:
-    iterations: full iterations (static).
+    iterations: full iterations (static, as all others).
     implementation: `"ott"` is the teacher as it was trained; others are the same plan
-      and differ in the time they take (static).
+      and differ in the time they take.
+    start: of the iterations; see `asap_jax.sinkhorn_attention`.
+    relaxation: likewise.
   """
 
   iterations: int = dataclasses.field(metadata={"static": True})
   implementation: str = dataclasses.field(default="xla", metadata={"static": True})
+  start: Start = dataclasses.field(default="zero", metadata={"static": True})
+  relaxation: float = dataclasses.field(default=1.0, metadata={"static": True})
 
   @property
   def label(self) -> str:
@@ -83,8 +88,20 @@ class Sinkhorn:
 
   def duals(self, seen: Activation) -> tuple[Duals, None]:
     """See `Operator`."""
-    start = jnp.zeros(seen.query.shape[:-1], seen.query.dtype)
-    return scaled_plan(seen.logits, start, self.iterations, *seen.masks).duals, None
+    if self.iterations == 0:
+      tokens = seen.query, seen.key, *seen.masks
+      g = starting_dual(self.start, *tokens, side="key")
+      return closures(seen.logits, g, 0, *seen.masks, side="key"), None
+    return closure(seen.logits, self.source(seen), *seen.masks), None
+
+  def source(self, seen: Activation) -> Float[Array, "*batch heads n"]:
+    """The query-side dual that the last iteration consumes.
+
+    Closing it gives back the plan of all iterations: the target of calibration.
+    """
+    start = starting_dual(self.start, seen.query, seen.key, *seen.masks)
+    options = {"init": start, "relaxation": self.relaxation}
+    return sinkhorn_source_dual(seen.logits, self.iterations, *seen.masks, **options)
 
 
 @jax.tree_util.register_dataclass
@@ -111,9 +128,12 @@ class Asap:
 
   def duals(self, seen: Activation) -> tuple[Duals, Array]:
     """See `Operator`."""
-    f = predict_dual(self.dual_map, seen.query, seen.key, *seen.masks)
-    count, relaxation = self.dual_map.closures, self.dual_map.relaxation
-    return closures(seen.logits, f, count, *seen.masks, relaxation=relaxation), f
+    dual_map, masks = self.dual_map, seen.masks
+    predicted = predict_dual(dual_map, seen.query, seen.key, *masks)
+    closed = closures(
+      seen.logits, predicted, dual_map.closures, *masks, **dual_map.steps
+    )
+    return closed, predicted if dual_map.side == "query" else None
 
 
 def operator_of(attention_fn: Callable[..., jax.Array]) -> Operator:
@@ -126,10 +146,38 @@ def operator_of(attention_fn: Callable[..., jax.Array]) -> Operator:
     return Asap(attention_fn.dual_map)
   bound = bound_arguments(attention_fn, sinkhorn_attention)
   if bound is not None:
-    return Sinkhorn(bound["iterations"], bound["implementation"])
+    return sinkhorn_of(bound)
   if bound_arguments(attention_fn, softmax_attention) is not None:
     return Softmax()
   raise ValueError(
     f"attention_fn={attention_fn!r}: expected an AsapAttention, or sinkhorn_attention "
     "or softmax_attention or a partial of them"
   )
+
+
+def sinkhorn_of(bound: dict[str, Any]) -> Sinkhorn:
+  """The operator of bound arguments, which are taken out of them."""
+  names = [field.name for field in dataclasses.fields(Sinkhorn)]
+  return Sinkhorn(**{name: bound.pop(name) for name in names})
+
+
+def bound_arguments(
+  held: Any, function: Callable[..., jax.Array]
+) -> dict[str, Any] | None:
+  """Keyword arguments bound to `function`; `None` if `held` is no partial of it.
+
+  Of `sinkhorn_attention`, the defaults of its own options count as bound.
+  """
+  defaults = _DEFAULTS if function is sinkhorn_attention else {}
+  if held is function:
+    return dict(defaults)
+  # Nested partials are flattened by functools itself.
+  if isinstance(held, functools.partial) and held.func is function:
+    return defaults | held.keywords
+  return None
+
+
+_DEFAULTS = {
+  field.name: inspect.signature(sinkhorn_attention).parameters[field.name].default
+  for field in dataclasses.fields(Sinkhorn)
+}

@@ -5,6 +5,7 @@ A saved model is a directory: `arrays/`, an Orbax checkpoint of every variable, 
 dtypes, and a digest of every file. Nothing in it is code: loading runs none.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -234,7 +235,9 @@ def _saved_sites(model: nnx.Module) -> list[dict[str, Any]]:
       "path": list(where),
       "attribute": attribute,
       "options": _describe_options(dict(held.options)),
-      "features": list(held.dual_map.features),
+      "features": list(held.features),
+      # Only where it is no query-side map, as all were once.
+      **({"side": held.side, "half": held.half} if held.side == "key" else {}),
       "parameters": {
         name: _describe(leaf) for name, leaf in held.dual_map.to_named().items()
       },
@@ -248,8 +251,7 @@ def _saved_sites(model: nnx.Module) -> list[dict[str, Any]]:
       "path": list(site.path),
       "attribute": site.attribute,
       "options": _describe_options(site.options),
-      "iterations": site.iterations,
-      "implementation": site.implementation,
+      **dataclasses.asdict(site.teacher),
     }
     for site in find_sinkhorn(model)
   ]
@@ -260,13 +262,16 @@ def _blank_function(
 ) -> Callable[..., jax.Array]:
   """What stood at a saved site, with zeros for its arrays."""
   if "parameters" not in saved:
-    chosen = {name: saved[name] for name in ("iterations", "implementation")}
+    names = ("iterations", "implementation", "start", "relaxation")
+    chosen = {name: saved[name] for name in names if name in saved}
     return functools.partial(sinkhorn_attention, **chosen, **options)
   leaves = {
     name: jnp.zeros(shape, dtype)
     for name, (shape, dtype) in saved["parameters"].items()
   }
-  return AsapAttention(DualMap.from_named(leaves, tuple(saved["features"])), options)
+  static = {name: saved[name] for name in ("side", "half") if name in saved}
+  dual_map = DualMap.from_named(leaves, tuple(saved["features"]), **static)
+  return AsapAttention(dual_map, options)
 
 
 def _describe_options(options: dict[str, Any]) -> dict[str, str]:

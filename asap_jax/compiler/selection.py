@@ -61,7 +61,7 @@ def select(
     for site in teacher.sites
   ]
   choices = [Choice(target_tv) for _ in members]
-  of_cuts = measure(teacher, [cuts(layer.site.iterations) for layer in layers])
+  of_cuts = measure(teacher, [cuts(layer.site.teacher) for layer in layers])
   for choice, of_site in zip(choices, members, strict=True):
     # Behind the teacher and before its uncut form stand those that stop earlier.
     choice.measured = [
@@ -148,15 +148,14 @@ def _untrained_milliseconds(
 def _untrained(options: FitOptions, layer: Layer) -> DualMap:
   heads, dim = layer.heads, layer.dim
   columns = feature_count(options.features, options.slices, dim)
-  network = relaxation = None
+  network = None
   rng = jax.random.key(0)
   if options.hidden and options.refine_steps:
     network = init_network(rng, heads, dim, columns, options.hidden)
-  if options.closures > 1:
-    relaxation = jnp.ones((heads, options.closures - 1))
   directions = gaussian(rng, heads, options.slices, dim)
   weights = jnp.zeros((heads, columns))
-  return DualMap(directions, weights, options.features, network, relaxation)
+  dual_map = DualMap(directions, weights, options.features, network)
+  return dual_map.with_closures(options.closures)
 
 
 def _milliseconds(of_layers: list[Measured]) -> float:

@@ -12,6 +12,7 @@ from flax import nnx
 from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.attention.inputs import Activation, Inputs
 from asap_jax.attention.signature import inputs_of
+from asap_jax.compiler.operators import Sinkhorn, bound_arguments, sinkhorn_of
 
 _SIGNATURE = inspect.signature(sinkhorn_attention)
 
@@ -23,17 +24,20 @@ class Site(NamedTuple):
     path: of the module in the model.
     attribute: of the module that holds the function.
     function: what it holds: `sinkhorn_attention` or a partial of it.
-    iterations: full iterations that it is bound to.
-    implementation: that it is bound to.
+    teacher: the operator of its own bound arguments.
     options: its other bound arguments, such as `epsilon`.
   """
 
   path: tuple[str | int, ...]
   attribute: str
   function: Callable[..., jax.Array]
-  iterations: int
-  implementation: str
+  teacher: Sinkhorn
   options: dict[str, Any]
+
+  @property
+  def iterations(self) -> int:
+    """Full iterations of the teacher."""
+    return self.teacher.iterations
 
   @property
   def name(self) -> str:
@@ -67,16 +71,20 @@ class _Recorder(nnx.Module):
 def find_sinkhorn(model: nnx.Module) -> list[Site]:
   """All attributes, at any depth, that are `sinkhorn_attention` or a partial of it.
 
+  Half an iteration (`iterations=0`) is one softmax, and is left out.
+
   A module that occurs several times in the model is listed once, where it is met first.
   """
   sites = []
   for path, module in nnx.iter_modules(model):
     for attribute, held in vars(module).items():
       bound = bound_arguments(held, sinkhorn_attention)
-      if bound is not None:
-        own = bound.pop("iterations"), bound.pop("implementation")
-        where: tuple[Any, ...] = tuple(path)
-        sites.append(Site(where, attribute, held, *own, bound))
+      if bound is None:
+        continue
+      teacher, where = sinkhorn_of(bound), tuple(path)
+      # Without an iteration there is nothing to save.
+      if teacher.iterations > 0:
+        sites.append(Site(where, attribute, held, teacher, bound))
   return sorted(sites, key=lambda site: [(isinstance(p, str), p) for p in site.path])
 
 
@@ -132,23 +140,6 @@ def recorder(
     ]
 
   return functools.partial(record, state)
-
-
-def bound_arguments(
-  held: Any, function: Callable[..., jax.Array]
-) -> dict[str, Any] | None:
-  """Keyword arguments bound to `function`; `None` if `held` is no partial of it.
-
-  Of `sinkhorn_attention`, the defaults of its own options count as bound.
-  """
-  names = ("iterations", "implementation") if function is sinkhorn_attention else ()
-  defaults = {name: _SIGNATURE.parameters[name].default for name in names}
-  if held is function:
-    return defaults
-  # Nested partials are flattened by functools itself.
-  if isinstance(held, functools.partial) and held.func is function:
-    return defaults | held.keywords
-  return None
 
 
 def _flatten_batch(inputs: Inputs) -> Activation:

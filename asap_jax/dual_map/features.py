@@ -9,7 +9,11 @@ up to a constant. Kinds, in this order:
 - `cumulants`: $\langle q_i, \bar k \rangle$ and $q_i^T \mathrm{Cov}(k) q_i$, the first
   two cumulants of $\log \mathrm{mean}_j \exp S_{ij}$, beyond the paper;
 - `transport`: along each slice the place $Q_y(u_i)$ that the query is sent to, and its
-  product with the projected query: free from the sort, beyond the paper.
+  product with the projected query: free from the sort, beyond the paper;
+- `gaussian_diagonal`: for each coordinate the square of the centred query times its
+  entropic Gaussian coefficient, $(q_{ij} - \bar q_j)^2 v_j$, beyond the paper;
+- `gaussian`: the square form of the entropic Gaussian potential with covariances of low
+  rank (`asap_jax.potentials.gaussian_potential`), one column, beyond the paper.
 
 Queries here already carry the scale of the logits: $S = Q K^T$.
 """
@@ -31,9 +35,21 @@ from asap_jax.masses import (
 )
 from asap_jax.numerics import exact_einsum, float_dtype
 from asap_jax.potentials.directions import normalise
+from asap_jax.potentials.gaussian import (
+  clouds_of,
+  diagonal_squares,
+  low_rank_form,
+)
 from asap_jax.potentials.kantorovich import sliced_potentials
 
-KINDS = ("potentials", "query", "cumulants", "transport")
+KINDS = (
+  "potentials",
+  "query",
+  "cumulants",
+  "transport",
+  "gaussian_diagonal",
+  "gaussian",
+)
 FEATURES = KINDS[:3]
 
 
@@ -45,7 +61,14 @@ def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
   """
   if not features or tuple(kind for kind in KINDS if kind in features) != features:
     raise ValueError(f"features={features}: expected some of {KINDS}, in that order")
-  sizes = {"potentials": slices, "query": dim, "cumulants": 2, "transport": 2 * slices}
+  sizes = {
+    "potentials": slices,
+    "query": dim,
+    "cumulants": 2,
+    "transport": 2 * slices,
+    "gaussian_diagonal": dim,
+    "gaussian": 1,
+  }
   return sum(sizes[kind] for kind in features)
 
 
@@ -147,6 +170,17 @@ def features_of(
   if "cumulants" in features:
     both = _cumulants(query, key, key_weights, products)
     parts["cumulants"] = [zero_invalid(a, query_weights, axis=-2) for a in both]
+  if "gaussian_diagonal" in features or "gaussian" in features:
+    clouds = clouds_of(query, key, query_weights, key_weights)
+    forms = {
+      "gaussian_diagonal": diagonal_squares,
+      "gaussian": lambda clouds: low_rank_form(clouds)[..., None],
+    }
+    parts |= {
+      kind: [zero_invalid(form(clouds), query_weights, axis=-2)]
+      for kind, form in forms.items()
+      if kind in features
+    }
   return Features(
     tuple(part for kind in features for part in parts[kind]), query_weights
   )

@@ -7,8 +7,10 @@ $\hat f_i = \sum_p w_p \, \mathrm{feature}_p(i)$ (`features`; Tran, Milkert and 
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.dual_map.features import (
@@ -19,6 +21,14 @@ from asap_jax.dual_map.features import (
 )
 from asap_jax.dual_map.network import Leaf, Network, apply_network
 from asap_jax.masses import Masses, centre
+
+
+class Steps(TypedDict):
+  """What closures do between one another, and from where: arguments of all of them."""
+
+  relaxation: Leaf
+  momentum: Leaf
+  side: Literal["query", "key"]
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +44,11 @@ class DualMap:
     network: adds to the linear map; `None` leaves it linear.
     relaxation: over-relaxation factors between closures, `[heads, closures - 1]`
       (`asap_jax.closures`); `None` for a single closure.
+    momentum: factors of the step before, like `relaxation`; `None` for none.
+    side: whose dual is predicted (static). From `"key"`, queries and keys change places
+      in all features, and half a closure takes g to the f that the first closure needs.
+    half: whether that half of a closure is all that follows, so that the plan is the
+      softmax of S + g (static); only from `"key"`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -49,11 +64,36 @@ class DualMap:
   )
   network: Network | Leaf = None
   relaxation: Leaf = None
+  momentum: Leaf = None
+  side: Literal["query", "key"] = dataclasses.field(
+    default="query", metadata={"static": True}
+  )
+  half: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property
   def closures(self) -> int:
     """Two-sided closures that follow the prediction."""
+    if self.half:
+      return 0
     return 1 if self.relaxation is None else 1 + self.relaxation.shape[-1]
+
+  @property
+  def steps(self) -> Steps:
+    """Arguments of closures, `asap_jax.closures` and all its forms."""
+    return Steps(relaxation=self.relaxation, momentum=self.momentum, side=self.side)
+
+  def with_closures(self, count: int) -> "DualMap":
+    """The map followed by `count` plain closures, whose factors can be learned.
+
+    Momentum comes with the third closure: before it there is no step to repeat.
+    """
+    shape = (*self.weights.shape[:-1], count - 1)
+    return dataclasses.replace(
+      self,
+      relaxation=jnp.ones(shape) if count > 1 else None,
+      momentum=jnp.zeros(shape) if count > 2 else None,
+      half=False,
+    )
 
   def to_named(self) -> dict[str, Leaf]:
     """The array leaves by name, those of the network as `network_...`: as saved."""
@@ -61,18 +101,20 @@ class DualMap:
     if self.network is not None:
       names = [field.name for field in dataclasses.fields(Network)]
       named |= {f"network_{name}": getattr(self.network, name) for name in names}
-    if self.relaxation is not None:
-      named["relaxation"] = self.relaxation
+    for name in ("relaxation", "momentum"):
+      if getattr(self, name) is not None:
+        named[name] = getattr(self, name)
     return named
 
   @classmethod
   def from_named(
-    cls, named: Mapping[str, Leaf], features: tuple[str, ...]
+    cls, named: Mapping[str, Leaf], features: tuple[str, ...], **static: Any
   ) -> "DualMap":
-    """The map whose `to_named` these leaves are."""
+    """The map whose `to_named` these leaves are; `static` are its other fields."""
     own = {k: v for k, v in named.items() if not k.startswith("network_")}
     rest = {k.removeprefix("network_"): named[k] for k in named.keys() - own.keys()}
-    return cls(features=features, network=Network(**rest) if rest else None, **own)
+    network = Network(**rest) if rest else None
+    return cls(features=features, network=network, **own, **static)
 
 
 def predict_dual(
@@ -81,8 +123,8 @@ def predict_dual(
   key: Float[Array, "*batch heads m dim"],
   query_weights: Masses = None,
   key_weights: Masses = None,
-) -> Float[Array, "*batch heads n"]:
-  r"""The predicted query-side dual $\hat f$, centred over the valid queries.
+) -> Float[Array, "*batch heads points"]:
+  r"""The predicted dual, centred over the valid points: $\hat f$, or $\hat g$.
 
   Works under jit, vmap and grad, in all array leaves of `dual_map`.
 
@@ -94,7 +136,8 @@ def predict_dual(
     key_weights: the same of the keys, `[..., heads or 1, m]`.
 
   Returns:
-    `[..., heads, n]`, float32 or better, zero at absent queries.
+    `[..., heads, n]` (`m` if the map is of the key side), float32 or better, zero at
+    absent points.
 
   Raises:
     ValueError: if the weights of `dual_map` do not have one column per feature, or as
@@ -107,12 +150,13 @@ def predict_dual(
     >>> predict_dual(dual_map, query, query).tolist()  # q_1 + q_2, centred
     [[-2.0, 2.0]]
   """
-  tokens = query, key, query_weights, key_weights
+  tokens = _from_side(dual_map, query, key, query_weights, key_weights)
   features = _features(dual_map, *tokens)
-  f = centre(_linear(dual_map, features), query_weights)
+  dual = centre(_linear(dual_map, features), tokens[2])
   if dual_map.network is None:
-    return f
-  return f + apply_network(dual_map.network, features, query, key, key_weights)
+    return dual
+  own, other, _, other_weights = tokens
+  return dual + apply_network(dual_map.network, features, own, other, other_weights)
 
 
 def linear_dual(
@@ -122,7 +166,7 @@ def linear_dual(
   query_weights: Masses,
   key_weights: Masses,
   products: Array,
-) -> Float[Array, "*batch heads n"]:
+) -> Float[Array, "*batch heads points"]:
   """The linear part of `predict_dual`, not centred, from query key^T at hand.
 
   Args:
@@ -133,8 +177,23 @@ def linear_dual(
     key_weights: see there.
     products: query key^T, `[..., heads, n, m]`, finite at absent points too.
   """
-  tokens = query, key, query_weights, key_weights
+  tokens = _from_side(dual_map, query, key, query_weights, key_weights)
+  if dual_map.side == "key":
+    products = jnp.swapaxes(products, -1, -2)
   return _linear(dual_map, _features(dual_map, *tokens, products))
+
+
+def _from_side(
+  dual_map: DualMap,
+  query: Array,
+  key: Array,
+  query_weights: Masses,
+  key_weights: Masses,
+) -> tuple[Array, Array, Masses, Masses]:
+  """Points of the predicted side, points of the other, and the masses of both."""
+  if dual_map.side == "key":
+    return key, query, key_weights, query_weights
+  return query, key, query_weights, key_weights
 
 
 def _features(

@@ -7,12 +7,12 @@ held by the module of that name in `asap_jax.peers.layers`.
 | --- | --- | --- | --- |
 | `softmax` | plain | exact | any |
 | `sinkhorn`, `sinkhorn@k` | Sinkhorn, cut to k full iterations | exact | approximate |
+| `gaussian@k` | k iterations from the Gaussian start | exact | approximate |
 | `kernel_sinkhorn` | Sinkhorn on the plain kernel | exact | approximate |
 | `sinkformer` | Sinkhorn cut to half-steps | exact or approximate | the other |
 | `esp` | ESPFormer | approximate, hard: exact | as rows |
 | `lot` | LOTFormer | exact | approximate |
 | `swgg`, `est` | sliced plans | exact | exact |
-| `one_sided` | predicted key-side dual | exact | approximate |
 | `differential` | difference of two softmax maps | 1 - lambda | any |
 """
 
@@ -34,7 +34,6 @@ from asap_jax.peers.kernel_sinkhorn import (
   sinkformer_attention,
 )
 from asap_jax.peers.lot import Pivot, lot_attention
-from asap_jax.peers.one_sided import one_sided_attention
 from asap_jax.peers.sliced import est_attention, swgg_attention
 
 ATTENTIONS: dict[str, Callable[..., Any]] = {
@@ -46,9 +45,9 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
   "lot": lot_attention,
   "swgg": swgg_attention,
   "est": est_attention,
-  "one_sided": one_sided_attention,
   "differential": differential_attention,
 }
+_STARTS: dict[str, Any] = {"sinkhorn": "zero", "gaussian": "gaussian"}
 
 
 def attention_named(name: str, **options: Any) -> Callable[..., Any]:
@@ -60,24 +59,29 @@ def attention_named(name: str, **options: Any) -> Callable[..., Any]:
   (2, 5, 4, 8)
 
   Args:
-    name: a key of `ATTENTIONS`, or `sinkhorn@k` for k full iterations.
+    name: a key of `ATTENTIONS`, or `sinkhorn@k` for k full iterations from zero, or
+      `gaussian@k` for so many from the Gaussian start.
     **options: keyword arguments of the function.
 
   Returns:
     The function, or a `functools.partial` of it.
 
   Raises:
-    ValueError: if the name or an option is unknown, or k is not a positive number.
+    ValueError: if the name or an option is unknown, or k is no number of iterations.
   """
   base, at, count = name.partition("@")
-  if at and base == "sinkhorn":
-    if not count.isdecimal() or int(count) < 1:
-      raise ValueError(f"name={name!r}: expected sinkhorn@k with k = 1, 2, ...")
-    if "iterations" in options:
-      raise ValueError(f"iterations={options['iterations']}: {name!r} says it already")
-    name, options = base, options | {"iterations": int(count)}
+  if at and base in _STARTS:
+    own, least = {"start": _STARTS[base]}, 0 if base == "gaussian" else 1
+    if not count.isdecimal() or int(count) < least:
+      raise ValueError(
+        f"name={name!r}: expected {base}@k with k = {least}, {least + 1}, ..."
+      )
+    own["iterations"] = int(count)
+    for option in own.keys() & options.keys():
+      raise ValueError(f"{option}={options[option]}: {name!r} says it already")
+    name, options = "sinkhorn", options | own
   if name not in ATTENTIONS:
-    known = [*ATTENTIONS, "sinkhorn@k"]
+    known = [*ATTENTIONS, "sinkhorn@k", "gaussian@k"]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"name={name!r}: expected one of {', '.join(known)}{hint}")
@@ -100,7 +104,6 @@ __all__ = [
   "kernel_sinkhorn_attention",
   "lambda_init",
   "lot_attention",
-  "one_sided_attention",
   "sinkformer_attention",
   "sinkhorn_attention",
   "softmax_attention",

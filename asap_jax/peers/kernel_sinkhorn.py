@@ -16,6 +16,7 @@ from asap_jax.c_transform.entropic import (
 )
 from asap_jax.masses import valid_pairs
 from asap_jax.numerics import exact_einsum
+from asap_jax.teacher.starts import Start, starting_dual
 
 
 @attention_fn
@@ -68,7 +69,9 @@ def _divide(marginal: Array, total: Array) -> Array:
 
 
 @attention_fn
-def sinkformer_attention(inputs: Inputs, *, half_steps: int = 3) -> Array:
+def sinkformer_attention(
+  inputs: Inputs, *, half_steps: int = 3, start: Start = "zero"
+) -> Array:
   """Sinkhorn cut to a number of half-steps, as Sinkformers count them.
 
   The first half-step scales the rows, so that one is softmax attention, and they
@@ -81,17 +84,19 @@ def sinkformer_attention(inputs: Inputs, *, half_steps: int = 3) -> Array:
     inputs: all arguments of `asap_jax.attention.AttentionFn`; see there, and
       `asap_jax.sinkhorn_attention` for the mask.
     half_steps: row or column normalisations in all, at least one.
+    start: key-side dual that the first one meets; see `asap_jax.sinkhorn_attention`.
 
   Returns:
     As `asap_jax.sinkhorn_attention`.
 
   Raises:
-    ValueError: as `asap_jax.sinkhorn_attention`, and if `half_steps` is below one.
+    ValueError: as `asap_jax.sinkhorn_attention`, for an unknown `start`, and if
+      `half_steps` is below one.
   """
   if half_steps < 1:
     raise ValueError(f"half_steps={half_steps}: expected at least one")
   logits, masks = inputs.logits, (inputs.query_mask, inputs.key_mask)
-  g = jnp.zeros((*logits.shape[:-2], logits.shape[-1]), logits.dtype)
+  g = starting_dual(start, inputs.query, inputs.key, *masks, side="key")
   duals = Duals(c_transform(logits, g, *masks, to="query"), g)
   if half_steps > 2:
     duals = closures(logits, duals.f, (half_steps - 1) // 2, *masks)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from asap_jax.attention.layers import AsapAttention
 from asap_jax.peers.differential import (
   DifferentialParameters,
   differential_attention,
@@ -18,7 +17,6 @@ from asap_jax.peers.differential import (
 )
 from asap_jax.peers.esp import esp_attention
 from asap_jax.peers.lot import Pivot, lot_attention
-from asap_jax.peers.one_sided import one_sided_attention
 from asap_jax.potentials import directions as directions_
 
 
@@ -120,15 +118,6 @@ class DifferentialAttention(nnx.Module):
     """`differential_attention` with these parameters; see there."""
     options = dict(self.options) | kwargs
     return differential_attention(*args, parameters=self.parameters, **options)
-
-
-class OneSidedAttention(AsapAttention):
-  """`AsapAttention`, one-sided: `dual_map` predicts the dual of the keys."""
-
-  def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-    """`one_sided_attention` with this dual map; see there."""
-    options = dict(self.options) | kwargs
-    return one_sided_attention(*args, dual_map=self.dual_map, **options)
 
 
 def _hashable(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

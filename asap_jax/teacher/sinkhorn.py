@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.c_transform.entropic import Duals
+from asap_jax.c_transform.entropic import Duals, closure
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.masses import (
   Masses,
@@ -139,6 +139,9 @@ def sinkhorn_source_dual(
   iterations: int,
   query_weights: Masses = None,
   key_weights: Masses = None,
+  init: Float[Array, "..."] | None = None,
+  *,
+  relaxation: float = 1.0,
 ) -> Float[Array, "*batch n"]:
   """The query-side dual that the last of `iterations` full iterations consumed.
 
@@ -151,9 +154,12 @@ def sinkhorn_source_dual(
     iterations: full iterations, at least one.
     query_weights: `None`, mask or masses `[..., n]`.
     key_weights: the same of the keys, `[..., m]`.
+    init: query-side dual to start at, `[..., n]`; zero by default.
+    relaxation: omega between iterations, as in `asap_jax.closures`; with another than
+      one they run in the log domain.
 
   Returns:
-    f, `[..., n]`, zero on absent queries; zero everywhere for a single iteration.
+    f, `[..., n]`, zero on absent queries; the start for a single iteration.
 
   Raises:
     ValueError: as in `sinkhorn_duals`.
@@ -163,8 +169,17 @@ def sinkhorn_source_dual(
   check_weights("query_weights", query_weights, logits.shape[-2])
   check_weights("key_weights", key_weights, logits.shape[-1])
   dtype = float_dtype(logits)
-  start = jnp.zeros(logits.shape[:-1], dtype)
+  start = jnp.zeros((), dtype) if init is None else init.astype(dtype)
+  start = jnp.broadcast_to(start, logits.shape[:-1])
   if iterations == 1:
-    return start
+    return zero_invalid(start, query_weights)
+  if relaxation != 1.0:
+
+    def step(f, _):
+      closed = closure(logits, f, query_weights, key_weights).f
+      return f + relaxation * (closed - f), None
+
+    start = zero_invalid(start, query_weights)
+    return jax.lax.scan(step, start, length=iterations - 1)[0]
   before = scaled_plan(logits, start, iterations - 1, query_weights, key_weights)
   return before.duals.f

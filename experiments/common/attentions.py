@@ -24,7 +24,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
   # At zero, queries and keys would not learn.
   "est": {"inverse_temperature": 1.0},
 }
-TRAINABLE = tuple(name for name in ATTENTIONS if name != "one_sided")
+TRAINABLE = tuple(ATTENTIONS)
 
 
 def build_attention(
@@ -33,7 +33,8 @@ def build_attention(
   """The `attention_fn` of one layer.
 
   Args:
-    name: one of `TRAINABLE`, or `sinkhorn@k` for k full iterations.
+    name: one of `TRAINABLE`, or `sinkhorn@k` for k full iterations, or `gaussian@k` for
+      so many from the Gaussian start.
     heads: number of heads.
     dim: head dimension.
     layer: of the model, counted from one.
@@ -44,7 +45,7 @@ def build_attention(
     for all layers.
 
   Raises:
-    ValueError: if the name is unknown, or its attention cannot be trained from scratch.
+    ValueError: if the name is unknown.
   """
   function = _function(name)
   if name == "esp":
@@ -94,9 +95,7 @@ def trainable(text: str) -> str:
 def _function(name: str) -> Callable[..., jax.Array]:
   # Before the options: who misspells a name is told so.
   attention_named(name)
-  if name == "one_sided":
-    raise ValueError(
-      "name='one_sided': its dual map is calibrated on a trained teacher; expected one "
-      f"that trains from scratch: {', '.join(TRAINABLE)}"
-    )
-  return attention_named(name, **_OPTIONS.get(name.partition("@")[0], {}))
+  base, cut, _ = name.partition("@")
+  options = _OPTIONS.get(base, {})
+  # Few iterations are rivals: in their fastest form, in training too.
+  return attention_named(name, **options, **({"implementation": "xla"} if cut else {}))

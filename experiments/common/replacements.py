@@ -1,5 +1,6 @@
 """Putting other attention operators into a frozen teacher, and measuring each."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from asap_jax.attention.functions import sinkhorn_attention, softmax_attention
 from asap_jax.attention.inputs import Activation
 from asap_jax.compiler.fidelity import (
   FidelitySums,
@@ -16,7 +16,7 @@ from asap_jax.compiler.fidelity import (
   operator_milliseconds,
   plan_of,
 )
-from asap_jax.compiler.operators import operator_of
+from asap_jax.compiler.operators import Operator, Sinkhorn, Softmax, operator_of
 from asap_jax.compiler.sites import find_sinkhorn, held_at, recorder, replace_sites
 from experiments.common.timing import time_interleaved
 
@@ -73,22 +73,32 @@ def attention_milliseconds(
 
 def softmax_swap(teacher: nnx.Module) -> nnx.Module:
   """The teacher with softmax in the place of every Sinkhorn attention."""
-  return _swap(teacher, softmax_attention)
+  return put_in_place(teacher, Softmax())
 
 
 def cut_sinkhorn(teacher: nnx.Module, iterations: int) -> nnx.Module:
   """The teacher with its Sinkhorn attentions stopped after some full iterations.
 
-  They run in the scaling domain, their fastest form: the one to beat.
+  They start where the teacher's do, and run in the scaling domain, their fastest form:
+  the one to beat.
   """
-  return _swap(teacher, sinkhorn_attention, iterations=iterations, implementation="xla")
+  cut = {"iterations": iterations, "implementation": "xla"}
+  return _swap(teacher, lambda own: dataclasses.replace(own, **cut))
+
+
+def put_in_place(teacher: nnx.Module, operator: Operator) -> nnx.Module:
+  """The teacher with an operator in the place of every Sinkhorn attention."""
+  return _swap(teacher, lambda own: operator)
 
 
 def _swap(
-  teacher: nnx.Module, function: Callable[..., jax.Array], **own: Any
+  teacher: nnx.Module, operator_for: Callable[[Sinkhorn], Operator]
 ) -> nnx.Module:
   sites = find_sinkhorn(teacher)
-  functions = [functools.partial(function, **site.options, **own) for site in sites]
+  functions = [
+    functools.partial(operator_for(site.teacher).attention_fn, **site.options)
+    for site in sites
+  ]
   return replace_sites(teacher, sites, functions)
 
 
@@ -96,13 +106,15 @@ def plan_fidelity(
   teacher: nnx.Module,
   replaced: Mapping[str, nnx.Module],
   batches: Iterable[Any],
+  reference: Sinkhorn | None = None,
 ) -> dict[str, dict[str, float]]:
   """TV, KL and column error of every replacement's plans on the teacher's activations.
 
   Means over rows (columns), heads and layers, as all methods are given the queries and
-  keys of the untouched teacher.
+  keys of the untouched teacher. They are compared with the teacher's plans, or with
+  those of `reference`.
   """
-  layers = layer_fidelity(teacher, replaced, batches)
+  layers = layer_fidelity(teacher, replaced, batches, reference)
   return {name: mean_over_layers(of_method) for name, of_method in layers.items()}
 
 
@@ -110,6 +122,7 @@ def layer_fidelity(
   teacher: nnx.Module,
   replaced: Mapping[str, nnx.Module],
   batches: Iterable[Any],
+  reference: Sinkhorn | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
   """Fidelity as `plan_fidelity` has it, layer by layer; `layer` is the name of each."""
   sites = find_sinkhorn(teacher)
@@ -121,7 +134,7 @@ def layer_fidelity(
   for batch in batches:
     for index, (site, calls) in enumerate(zip(sites, record(batch), strict=True)):
       for activation in calls:
-        found = fidelity_sums(activation, operators[index], site.iterations)
+        found = fidelity_sums(activation, operators[index], reference or site.teacher)
         for name, new in zip(replaced, found, strict=True):
           old = sums[name].get(index)
           sums[name][index] = new if old is None else old + new

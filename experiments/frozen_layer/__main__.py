@@ -15,6 +15,13 @@ from experiments.common import replacements
 from experiments.common.arguments import add_seed, file, parser_for, whole
 from experiments.common.digits import Split, batches_of
 from experiments.common.figures import draw_frontier, frontier_of
+from experiments.common.frozen_teachers import (
+  ITERATIONS,
+  FrozenInputs,
+  FrozenTeacher,
+  load_inputs,
+  load_teacher,
+)
 from experiments.common.results import (
   options_of,
   print_end,
@@ -24,13 +31,6 @@ from experiments.common.results import (
 from experiments.common.timing import Laps
 from experiments.common.train import accuracy
 from experiments.frozen_layer.frontier import verdicts
-from experiments.frozen_layer.teachers import (
-  ITERATIONS,
-  FrozenInputs,
-  FrozenTeacher,
-  load_inputs,
-  load_teacher,
-)
 
 # The last is the teacher uncut, in the scaling domain like the cuts; the row `sinkhorn`
 # is the teacher as it was trained, in the log domain.

@@ -15,6 +15,7 @@ from experiments.common import replacements
 from experiments.common.arguments import parser_for, seed_list, whole
 from experiments.common.attentions import trainable
 from experiments.common.digits import Split, batches_of, digits
+from experiments.common.measuring import cost_of, measure
 from experiments.common.models import EncoderConfig
 from experiments.common.results import (
   pooled_row,
@@ -26,7 +27,6 @@ from experiments.common.timing import Laps
 from experiments.common.train import train_encoders
 from experiments.peers.claims import judge
 from experiments.peers.display import displayed, draw
-from experiments.peers.measuring import cost_of, measure
 
 MODEL = EncoderConfig(length=64, token_size=1, classes=10)
 ITERATIONS, REFINE_STEPS = 20, 500

@@ -1,5 +1,6 @@
 """Values and gradients of the three attention functions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import references
+from helpers import oracles, references
 
 from asap_jax.attention import functions as attention
 from asap_jax.dual_map.predict import DualMap
@@ -29,6 +30,19 @@ MASK = nnx.make_attention_mask(QUERY_MASK, KEY_MASK)
 MASKS = {"query_mask": np.asarray(QUERY_MASK), "key_mask": np.asarray(KEY_MASK)}
 DUAL_MAP = DualMap(normal(HEADS, SLICES, DIM), 0.5 * normal(HEADS, SLICES + DIM + 2))
 
+KEY_SIDE = dataclasses.replace(DUAL_MAP, side="key")
+SIDES = {
+  "key": KEY_SIDE,
+  "momentum": DualMap(
+    DUAL_MAP.directions,
+    DUAL_MAP.weights,
+    side="key",
+    relaxation=jnp.asarray([[1.4, 1.1], [0.9, 1.2]]),
+    momentum=jnp.asarray([[0.2, 0.3], [0.5, -0.4]]),
+  ),
+  "half": dataclasses.replace(KEY_SIDE, half=True),
+}
+
 softmax = jax.jit(
   attention.softmax_attention, static_argnames=("is_causal", "scale", "epsilon")
 )
@@ -40,6 +54,7 @@ asap = jax.jit(attention.asap_attention, static_argnames=("scale", "epsilon", "d
 DOUBLY_STOCHASTIC = {
   "sinkhorn": functools.partial(sinkhorn, iterations=5),
   "asap": functools.partial(asap, dual_map=DUAL_MAP),
+  "half": functools.partial(asap, dual_map=SIDES["half"]),
 }
 both = pytest.mark.parametrize("name", DOUBLY_STOCHASTIC)
 
@@ -131,12 +146,78 @@ def test_asap_attention_against_numpy(masked):
   np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_key_side_maps_against_numpy(name, masked):
+  dual_map, masks = SIDES[name], MASKS if masked else {}
+  options = {"mask": MASK if masked else None, "dual_map": dual_map}
+  expected, plans = references.attention(
+    QUERY, KEY, VALUE, dual_map.closures, dual_map=dual_map, **masks
+  )
+  np.testing.assert_allclose(asap(QUERY, KEY, VALUE, **options), expected, atol=2e-5)
+  weights = sown_weights(attention.asap_attention, QUERY, KEY, VALUE, **options)
+  np.testing.assert_allclose(weights, plans, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_attention_of_half_a_closure_is_a_softmax_with_the_predicted_bias(
+  implementation,
+):
+  half = functools.partial(
+    attention.asap_attention, dual_map=SIDES["half"], implementation=implementation
+  )
+  options = {"bias": BIAS, "scale": 0.7, "epsilon": 2.0}
+  actual = jax.jit(lambda *tokens: half(*tokens, mask=MASK, **options))(
+    QUERY, KEY, VALUE
+  )
+  query, key, value = (np.moveaxis(np.float64(x), 2, 1) for x in (QUERY, KEY, VALUE))
+  query = query * 0.7 / 2.0
+  for b, h in np.ndindex(BATCH, HEADS):
+    masks = np.asarray(QUERY_MASK[b]), np.asarray(KEY_MASK[b])
+    g = references.predicted_dual(SIDES["half"], h, query[b, h], key[b, h], *masks)
+    scores = query[b, h] @ key[b, h].T + np.float64(BIAS[b, h]) + g
+    weights = np.exp(scores - scores.max()) * np.outer(*masks)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    np.testing.assert_allclose(actual[b, :, h], weights @ value[b, h], atol=2e-5)
+  # No prediction leaves softmax.
+  nothing = dataclasses.replace(SIDES["half"], weights=jnp.zeros_like(DUAL_MAP.weights))
+  expected = softmax(QUERY, KEY, VALUE, mask=MASK)
+  actual = asap(QUERY, KEY, VALUE, mask=MASK, dual_map=nothing)
+  np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_half_a_closure_needs_a_key_side_map():
+  half = dataclasses.replace(DUAL_MAP, half=True)
+  with pytest.raises(ValueError, match=r"count=0: .*from the query side's dual"):
+    attention.asap_attention(QUERY, KEY, VALUE, dual_map=half)
+
+
+def test_an_exact_key_side_map_gives_doubly_stochastic_half_closures():
+  # As many features as keys: the regression of one sequence's duals is exact.
+  query, key, value = QUERY[:1], KEY[:1], VALUE[:1]
+  directions = normal(HEADS, M, DIM)
+  weights = []
+  for h in range(HEADS):
+    q, k = np.float64(query[0, :, h]) * DIM**-0.5, np.float64(key[0, :, h])
+    _, g = oracles.closures(q @ k.T, np.zeros(N), 300)
+    columns = references.dual_features(k, q, directions[h])
+    weights.append(np.linalg.lstsq(columns, g - g.mean())[0])
+  dual_map = DualMap(
+    directions, jnp.asarray(np.stack(weights), jnp.float32), side="key", half=True
+  )
+  sown = sown_weights(attention.asap_attention, query, key, value, dual_map=dual_map)
+  np.testing.assert_allclose(sown.sum(-1), 1, atol=1e-5)
+  np.testing.assert_allclose(sown.sum(-2), N / M, atol=1e-3)
+  plain = sown_weights(attention.softmax_attention, query, key, value)
+  assert np.abs(plain.sum(-2) - N / M).max() > 0.5
+
+
 @both
 def test_bias_scale_and_epsilon_against_numpy(name):
   options = {"scale": 0.7, "epsilon": 2.0}
   expected, _ = references.attention(
-    QUERY, KEY, VALUE, 1 if name == "asap" else 5,
-    bias=BIAS, dual_map=DUAL_MAP if name == "asap" else None, **options,
+    QUERY, KEY, VALUE, {"asap": 1, "half": 0, "sinkhorn": 5}[name], bias=BIAS,
+    dual_map={"asap": DUAL_MAP, "half": SIDES["half"]}.get(name), **options,
   )  # fmt: skip
   actual = DOUBLY_STOCHASTIC[name](QUERY, KEY, VALUE, BIAS, **options)
   np.testing.assert_allclose(actual, expected, atol=2e-5)

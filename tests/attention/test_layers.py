@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,13 @@ import pytest
 from flax import nnx
 from helpers import references
 
-from asap_jax import AsapAttention, DualMap, DualParam, SinkhornMultiHeadAttention
+from asap_jax import (
+  AsapAttention,
+  DualMap,
+  DualParam,
+  SinkhornMultiHeadAttention,
+  sinkhorn_attention,
+)
 
 BATCH, N, M, HEADS, WIDTH, DIM = 2, 5, 7, 2, 8, 4
 RANDOM = np.random.default_rng(0)
@@ -56,6 +64,37 @@ def test_twenty_iterations_are_the_default():
   assert np.abs(expected - expected_output(layer, 2 * X, 2 * X, 10)).max() > 2e-4
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"iterations": 1, "start": "gaussian"},
+    {"iterations": 0, "start": "gaussian_full"},
+    {"iterations": 3, "start": "gaussian_diagonal", "implementation": "xla"},
+    {"iterations": 3, "implementation": "chunked"},
+  ],
+)
+def test_start_and_implementation_are_those_of_the_function(options):
+  layer = SinkhornMultiHeadAttention(
+    HEADS, WIDTH, epsilon=0.5, rngs=nnx.Rngs(0), **options
+  )
+  mask = nnx.make_attention_mask(VALID, VALID)
+
+  @jax.jit
+  def expected():
+    tokens = [linear(X) for linear in (layer.query, layer.key, layer.value)]
+    return layer.out(sinkhorn_attention(*tokens, mask=mask, epsilon=0.5, **options))
+
+  np.testing.assert_allclose(layer(X, mask=mask), expected(), atol=1e-5)
+  assert layer.attention_fn.keywords == {"epsilon": 0.5, **options}
+
+
+def test_defaults_are_not_bound():
+  layer = SinkhornMultiHeadAttention(
+    HEADS, WIDTH, iterations=3, start="zero", implementation="ott", rngs=nnx.Rngs(0)
+  )
+  assert layer.attention_fn.keywords == {"iterations": 3, "epsilon": 1.0}
+
+
 def test_arguments_of_flax_pass_through():
   layer = SinkhornMultiHeadAttention(
     4, WIDTH, 16, 3, num_kv_heads=2, in_kv_features=6, use_bias=False, rngs=nnx.Rngs(0)
@@ -68,13 +107,22 @@ def test_arguments_of_flax_pass_through():
 
 
 def test_arguments_that_make_no_sense_are_refused():
-  with pytest.raises(ValueError, match=r"iterations=0.*at least one"):
+  with pytest.raises(ValueError, match=r"iterations=0.*at least one iteration, or"):
     SinkhornMultiHeadAttention(HEADS, WIDTH, iterations=0, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=r"iterations=-1: expected a number that is not"):
+    SinkhornMultiHeadAttention(
+      HEADS, WIDTH, iterations=-1, start="gaussian", rngs=nnx.Rngs(0)
+    )
   with pytest.raises(ValueError, match=r"decode=True.*expected False"):
     SinkhornMultiHeadAttention(HEADS, WIDTH, decode=True, rngs=nnx.Rngs(0))
   layer = SinkhornMultiHeadAttention(HEADS, WIDTH, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="is_causal=True"):
     layer(X, is_causal=True)
+
+
+def test_an_unknown_start_is_refused(unchecked):
+  with pytest.raises(ValueError, match=r"start='best': expected one of zero, gaussian"):
+    SinkhornMultiHeadAttention(HEADS, WIDTH, start="best", rngs=nnx.Rngs(0))
 
 
 @pytest.fixture
@@ -119,6 +167,24 @@ def test_dual_map_of_the_module_is_what_it_was_given():
   np.testing.assert_array_equal(held.directions, DUAL_MAP.directions)
   np.testing.assert_array_equal(held.weights, DUAL_MAP.weights[:, :2])
   assert held.features == ("potentials",)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["closures", "half"])
+def test_a_key_side_map_is_kept_with_all_that_it_has(half):
+  given = dataclasses.replace(DUAL_MAP, side="key", half=half)
+  if not half:
+    given = given.with_closures(3)
+  module = AsapAttention(given, {"epsilon": 0.5})
+  held = module.dual_map
+  assert jax.tree.structure(held) == jax.tree.structure(given)
+  jax.tree.map(np.testing.assert_array_equal, held, given)
+  inputs = [normal(BATCH, length, HEADS, DIM) for length in (N, M, M)]
+  expected, _ = references.attention(
+    *inputs, given.closures, dual_map=given, epsilon=0.5
+  )
+  np.testing.assert_allclose(nnx.jit(module)(*inputs), expected, atol=5e-5)
+  mapped = jax.vmap(module)(*inputs)
+  np.testing.assert_allclose(mapped, expected, atol=5e-5)
 
 
 def test_filter_picks_directions_and_weights_alone(compiled_layer):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from helpers.peer_cases import CASES, DUAL_MAP, HEADS, PIVOT, N, normal
+from helpers.peer_cases import CASES, HEADS, PIVOT, N, normal
 
 from asap_jax import sinkhorn_attention, softmax_attention
 from asap_jax.peers import ATTENTIONS, attention_named, esp_attention, lot_attention
@@ -106,7 +106,6 @@ def test_one_token_decoding(name):
   inputs = [INPUTS[0][:, :1], *INPUTS[1:]]
   learned = {
     "lot": {"pivot": PIVOT},
-    "one_sided": {"dual_map": DUAL_MAP},
     "differential": CASES["differential"].learned,
   }.get(name, {})
   if name == "differential":
@@ -121,17 +120,27 @@ def test_one_token_decoding(name):
 
 def test_names():
   assert attention_named("esp") is esp_attention
-  partial = attention_named("sinkhorn@3", epsilon=0.5)
-  assert isinstance(partial, functools.partial)
-  assert partial.func is sinkhorn_attention
-  assert partial.keywords == {"iterations": 3, "epsilon": 0.5}
+  for name, options in {
+    "sinkhorn@3": {"iterations": 3, "start": "zero"},
+    "gaussian@3": {"iterations": 3, "start": "gaussian"},
+    "gaussian@0": {"iterations": 0, "start": "gaussian"},
+  }.items():
+    partial = attention_named(name, epsilon=0.5)
+    assert isinstance(partial, functools.partial)
+    assert partial.func is sinkhorn_attention
+    assert partial.keywords == {**options, "epsilon": 0.5}
 
 
 @pytest.mark.parametrize(
   ("name", "options", "message"),
   [
     ("sinkhron", {}, r"name='sinkhron': expected one of softmax, .*mean 'sinkhorn'\?"),
-    ("zzz", {}, r"name='zzz': expected one of .*sinkhorn@k$"),
+    ("zzz", {}, r"name='zzz': expected one of .*sinkhorn@k, gaussian@k$"),
+    ("gausian@k", {}, r"did you mean 'gaussian@k'\?"),
+    ("gaussian", {}, r"name='gaussian': expected one of"),
+    ("gaussian@", {}, r"name='gaussian@': expected gaussian@k with k = 0, 1"),
+    ("gaussian@-1", {}, r"name='gaussian@-1': expected gaussian@k"),
+    ("gaussian@2", {"start": "zero"}, r"start=zero: 'gaussian@2' says it already"),
     ("sinkhorn@", {}, r"name='sinkhorn@': expected sinkhorn@k with k = 1, 2"),
     ("sinkhorn@0", {}, r"name='sinkhorn@0'"),
     ("esp@2", {}, r"name='esp@2': expected one of"),

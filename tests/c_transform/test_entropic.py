@@ -3,7 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import oracles
-from helpers.oracles import WEIGHTS, M, N, on_device, presence, random_logits
+from helpers.oracles import (
+  STEPS,
+  WEIGHTS,
+  M,
+  N,
+  on_device,
+  presence,
+  random_dual,
+  random_logits,
+  steps_on_device,
+)
 from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
@@ -21,7 +31,7 @@ weighted = pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 to_query = jax.jit(lambda *a: c_transform(*a, to="query"))
 to_key = jax.jit(lambda *a: c_transform(*a, to="key"))
 close = jax.jit(closure)
-close_often = jax.jit(closures, static_argnums=2)
+close_often = jax.jit(closures, static_argnums=2, static_argnames="side")
 weigh = jax.jit(plan)
 
 
@@ -64,6 +74,37 @@ def test_over_relaxed_closures_against_float64(weights):
   assert_duals(ones, close_often(logits, f, 4, *given))
 
 
+@pytest.mark.parametrize("key", ["equal", "masks", "masses with zeros"])
+@pytest.mark.parametrize("case", STEPS)
+def test_momentum_and_the_key_side_against_float64(case, key):
+  count, options = STEPS[case]
+  logits, dual, weights = random_logits(7)[0], random_dual(options), WEIGHTS[key]
+  expected = oracles.closures(logits, dual, count, *weights, **options)
+  given = on_device(weights)
+  duals = close_often(logits, dual, count, *given, **steps_on_device(options))
+  assert_duals(duals, expected, 2e-5)
+  rows = weigh(logits, duals, *given).sum(1)[oracles.present(weights[0], N)]
+  np.testing.assert_allclose(rows, oracles.plan_sums(*weights, N, M)[0], atol=1e-5)
+
+
+def test_the_first_factor_of_momentum_counts_for_nothing():
+  logits, f = random_logits(8)
+  momentum = jnp.asarray([0.0, 0.4])
+  expected = close_often(logits, f, 3, momentum=momentum)
+  assert_duals(close_often(logits, f, 3, momentum=momentum.at[0].set(5.0)), expected)
+  none = close_often(logits, f, 3, momentum=jnp.zeros(2))
+  assert_duals(none, close_often(logits, f, 3))
+  assert np.abs(expected.f - none.f).max() > 1e-3
+
+
+def test_half_a_closure_is_a_softmax_with_a_bias_of_the_keys():
+  logits, g = random_logits(9)[0], random_dual({"side": "key"})
+  duals = close_often(logits, g, 0, side="key")
+  np.testing.assert_array_equal(duals.g, g)
+  expected = jax.nn.softmax(logits + g, axis=-1)
+  np.testing.assert_allclose(weigh(logits, duals), expected, atol=1e-6)
+
+
 def test_relaxation_per_head_and_its_gradient_against_finite_differences():
   logits, f = (jnp.stack(p) for p in zip(*map(random_logits, (8, 9)), strict=True))
   weights = WEIGHTS["masks"]
@@ -85,6 +126,39 @@ def test_relaxation_per_head_and_its_gradient_against_finite_differences():
   for head, omega in enumerate(relaxation):
     expected = oracles.gradient(lambda w, head=head: oracle(w, head), omega)
     np.testing.assert_allclose(slope[head], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["momentum", "key and momentum"])
+def test_gradients_of_factors_and_start_against_finite_differences(case):
+  count, options = STEPS[case]
+  logits, dual, weights = random_logits(10)[0], random_dual(options), WEIGHTS["masks"]
+  side = options.get("side", "query")
+  point = [np.asarray(x) for x in (dual, options["relaxation"], options["momentum"])]
+  u, v = (np.random.default_rng(11).normal(size=size) for size in (N, M))
+
+  def oracle(dual, relaxation, momentum):
+    factors = {"relaxation": relaxation, "momentum": momentum, "side": side}
+    f, g = oracles.closures(logits, dual, count, *weights, **factors)
+    return u @ f + v @ g
+
+  @jax.jit
+  @jax.grad
+  def slopes(point):
+    dual, relaxation, momentum = point
+    factors = {"relaxation": relaxation, "momentum": momentum, "side": side}
+    duals = closures(logits, dual, count, *on_device(weights), **factors)
+    return jnp.vdot(u, duals.f) + jnp.vdot(v, duals.g)
+
+  given = [jnp.asarray(x, jnp.float32) for x in point]
+  for place, slope in enumerate(slopes(given)):
+
+    def along(moved, place=place):
+      return oracle(*(moved if i == place else x for i, x in enumerate(point)))
+
+    expected = oracles.gradient(along, point[place])
+    np.testing.assert_allclose(slope, expected, rtol=1e-3, atol=2e-4)
+  assert np.abs(slope[1:]).min() > 1e-3  # of the momentum
+  assert slope[0] == 0
 
 
 @weighted
@@ -201,3 +275,11 @@ def test_arguments_that_do_not_fit_are_refused():
     closures(logits, f, 0)
   with pytest.raises(ValueError, match=r"relaxation has shape \(3,\).*count=3"):
     closures(logits, f, 3, relaxation=jnp.ones(3))
+  with pytest.raises(ValueError, match=r"momentum has shape \(1,\): .*\[..., 2\]"):
+    closures(logits, f, 3, momentum=jnp.ones(1))
+  with pytest.raises(ValueError, match=r"momentum has shape \(1,\): .*\[..., 0\]"):
+    closures(logits, jnp.zeros(M), 0, momentum=jnp.ones(1), side="key")
+  with pytest.raises(ValueError, match="count=-1: expected at least 0 from the key"):
+    closures(logits, jnp.zeros(M), -1, side="key")
+  with pytest.raises(ValueError, match=r"side='value': expected .*query.*key"):
+    closures(logits, f, 1, side="value")

@@ -1,5 +1,7 @@
 """What must not matter: gauges, order, padding, batching, precision."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,15 @@ from helpers import oracles
 from helpers.oracles import (
   KEY_MASK,
   QUERY_MASK,
+  STEPS,
   WEIGHTS,
   M,
   N,
   on_device,
   presence,
+  random_dual,
   random_logits,
+  steps_on_device,
 )
 
 from asap_jax.c_transform.entropic import Duals, closure, closures, plan
@@ -65,6 +70,30 @@ def test_padding_reaches_neither_duals_nor_plan(hole):
   )
   expected = oracles.plan(logits, *expected, QUERY_MASK, KEY_MASK)
   np.testing.assert_allclose(weigh(holed, duals, *given), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["momentum", "half", "key and momentum"])
+def test_padding_of_any_start_reaches_neither_duals_nor_gradients(case):
+  count, options = STEPS[case]
+  logits, dual = random_logits()[0], random_dual(options)
+  given = on_device((QUERY_MASK, KEY_MASK))
+  mask = given[options.get("side") == "key"]
+  expected = oracles.closures(logits, dual, count, QUERY_MASK, KEY_MASK, **options)
+  own = steps_on_device(options)
+  side = own.pop("side", "query")
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def slopes(point):
+    logits, dual, factors = point
+    duals = closures(logits, dual, count, *given, **factors, side=side)
+    return duals.f.sum() + jnp.sin(duals.g).sum(), duals
+
+  holed = jnp.where(presence((QUERY_MASK, KEY_MASK)), logits, jnp.nan)
+  slope, duals = slopes((holed, jnp.where(mask, dual, jnp.nan), own))
+  assert_duals(duals, expected)
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+  np.testing.assert_array_equal(slope[1][~mask], 0)
 
 
 @pytest.mark.parametrize("side", ["query", "key", "both"])

@@ -1,11 +1,23 @@
 """Plans in the scaling domain, against NumPy float64 and the log domain."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import oracles
-from helpers.oracles import WEIGHTS, M, N, on_device, presence, random_logits
+from helpers.oracles import (
+  STEPS,
+  WEIGHTS,
+  M,
+  N,
+  on_device,
+  presence,
+  random_dual,
+  random_logits,
+  steps_on_device,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +25,7 @@ from asap_jax.c_transform import entropic as c_transform
 from asap_jax.c_transform.scaling_domain import scaled_plan
 
 weighted = pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-solve = jax.jit(scaled_plan, static_argnums=2)
+solve = jax.jit(scaled_plan, static_argnums=2, static_argnames="side")
 OMEGA = jnp.asarray([1.5, 0.7, 1.9], jnp.float32)
 
 
@@ -33,6 +45,27 @@ def test_closures_against_float64(weights, relaxation, scale):
   rows = oracles.present(weights[0], N)
   row_sums, _ = oracles.plan_sums(*weights, N, M)
   np.testing.assert_allclose(plan.sum(1)[rows], row_sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["equal", "masks", "masses with zeros"])
+@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("scale", [1.0, 150.0])
+def test_momentum_and_the_key_side_against_float64(case, key, scale):
+  count, options = STEPS[case]
+  logits, dual = random_logits(scale=scale)[0], scale * random_dual(options)
+  weights = WEIGHTS[key]
+  assert scale == 1.0 or np.abs(logits).max() > 300
+  expected = oracles.closures(logits, dual, count, *weights, **options)
+  given = on_device(weights)
+  result = solve(logits, dual, count, *given, **steps_on_device(options))
+  for ours, theirs in zip(result.duals, expected, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
+  plan = result.dense()
+  expected = oracles.plan(logits, *expected, *weights)
+  np.testing.assert_allclose(plan, expected, atol=1e-5 * scale)
+  np.testing.assert_array_equal(plan[~presence(weights)], 0)
+  rows = plan.sum(1)[oracles.present(weights[0], N)]
+  np.testing.assert_allclose(rows, oracles.plan_sums(*weights, N, M)[0], rtol=1e-6)
 
 
 @given(
@@ -117,6 +150,35 @@ def test_gradients_against_finite_differences(key, arguments, count):
     expected = oracles.gradient(along, point[place])
     np.testing.assert_allclose(ours, expected, atol=2e-4)
   np.testing.assert_array_equal(actual[0][~presence(weights)], 0)
+
+
+@pytest.mark.parametrize(
+  "case", ["half", "key and momentum", pytest.param("momentum", marks=pytest.mark.slow)]
+)
+def test_derivatives_along_everything_agree_with_the_log_domain(case):
+  count, options = STEPS[case]
+  logits, dual = random_logits(3)[0], random_dual(options)
+  factors, given = steps_on_device(options), on_device(WEIGHTS["masks"])
+  side = factors.pop("side", "query")
+  point = logits, dual, factors
+  rng = np.random.default_rng(4)
+  tangent = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), point
+  )
+
+  def scaled(logits, dual, factors):
+    result = scaled_plan(logits, dual, count, *given, **factors, side=side)
+    return result.dense(), result.duals
+
+  def plain(logits, dual, factors):
+    duals = c_transform.closures(logits, dual, count, *given, **factors, side=side)
+    return c_transform.plan(logits, duals, *given), duals
+
+  ours, theirs = (
+    jax.jit(functools.partial(jax.jvp, f))(point, tangent) for f in (scaled, plain)
+  )
+  compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+  jax.tree.map(compare, ours, theirs)
 
 
 def test_vmap_over_near_and_far_agrees_with_a_loop():
@@ -213,5 +275,9 @@ def test_arguments_that_do_not_fit_are_refused():
     scaled_plan(logits, f, 0)
   with pytest.raises(ValueError, match="relaxation has shape"):
     scaled_plan(logits, f, 2, relaxation=jnp.ones(2))
+  with pytest.raises(ValueError, match="momentum has shape"):
+    scaled_plan(logits, f, 2, momentum=jnp.ones(2))
+  with pytest.raises(ValueError, match="side='both'"):
+    scaled_plan(logits, f, 1, side="both")
   with pytest.raises(ValueError, match="query_weights has shape"):
     scaled_plan(logits, f, 1, jnp.ones(M, bool))

@@ -12,6 +12,7 @@ import asap_jax
 from asap_jax.attention.inputs import Activation
 from asap_jax.compiler.fidelity import operator_milliseconds, plan_of
 from asap_jax.compiler.operators import Sinkhorn, Softmax, operator_of
+from asap_jax.teacher.starts import starting_dual
 
 SHAPE = (2, 3, 6, 4)
 QUERY, KEY = (
@@ -38,6 +39,37 @@ def test_sinkhorn_plan(iterations):
     )
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"iterations": 0, "start": "gaussian"},
+    {"iterations": 2, "start": "gaussian"},
+    {"iterations": 3, "start": "gaussian_diagonal", "relaxation": 1.5},
+    {"iterations": 3, "relaxation": 1.5},
+  ],
+  ids=str,
+)
+def test_plan_of_bound_options_is_that_of_the_attention(options):
+  function = functools.partial(
+    asap_jax.sinkhorn_attention, implementation="xla", **options
+  )
+  operator = operator_of(function)
+  assert operator == Sinkhorn(**options)
+  plan = plan_of(ACTIVATION, operator)
+  # Values of the identity give the weights.
+  value = jnp.broadcast_to(jnp.eye(SHAPE[2])[:, None], (2, SHAPE[2], 3, SHAPE[2]))
+  query, key = (jnp.moveaxis(x, 1, 2) for x in (QUERY, KEY))
+  weights = jax.jit(lambda *tokens: function(*tokens, scale=1.0))(query, key, value)
+  np.testing.assert_allclose(plan, jnp.moveaxis(weights, 1, 2), atol=1e-5)
+  # From the start on the plan is that of closures.
+  f = starting_dual(options.get("start", "zero"), QUERY, KEY)
+  omega = np.full(options["iterations"], options.get("relaxation", 1.0))
+  for b, h in np.ndindex(SHAPE[:2]) if options["iterations"] else ():
+    duals = oracles.closures(LOGITS[b, h], f[b, h], len(omega), relaxation=omega)
+    expected = oracles.plan(LOGITS[b, h], *duals)
+    np.testing.assert_allclose(plan[b, h], expected, atol=1e-5)
+
+
 def test_iterations_that_are_not_bound_are_the_default():
   assert operator_of(asap_jax.sinkhorn_attention) == Sinkhorn(20, "ott")
   scaling = functools.partial(asap_jax.sinkhorn_attention, implementation="xla")
@@ -51,6 +83,20 @@ def test_compiled_operator_is_its_dual_map():
   # A map that predicts nothing leaves one iteration from zero.
   once = plan_of(ACTIVATION, Sinkhorn(1))
   np.testing.assert_allclose(plan, once, atol=1e-6)
+
+
+def test_compiled_operator_of_the_key_side():
+  weights = 0.3 * jax.random.normal(jax.random.key(1), (3, 6))
+  half = asap_jax.DualMap(
+    jnp.ones((3, 2, 4)), weights, ("query", "cumulants"), side="key", half=True
+  )
+  held = operator_of(asap_jax.AsapAttention(half))
+  plan = plan_of(ACTIVATION, held)
+  g = asap_jax.predict_dual(half, QUERY, KEY)
+  expected = jax.nn.softmax(LOGITS + g[..., None, :], axis=-1)
+  np.testing.assert_allclose(plan, expected, atol=1e-6)
+  # It predicts no dual of the queries, which a residual could be of.
+  assert held.duals(ACTIVATION)[1] is None
 
 
 def test_other_functions_are_refused():

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import pathlib
@@ -151,7 +152,45 @@ def test_sinkhorn_that_was_chosen_survives(tmp_path):
   save(tmp_path / "model", model)
   loaded = load(tmp_path / "model", models.toy())
   (site,) = find_sinkhorn(loaded)
-  assert (site.iterations, site.implementation) == (2, "xla")
+  assert (site.iterations, site.teacher.implementation) == (2, "xla")
+  assert_same_output(loaded, model)
+
+
+@pytest.mark.parametrize(
+  ("side", "half", "count"), [("key", True, 0), ("key", False, 3), ("query", False, 3)]
+)
+def test_side_and_momentum_of_a_map_survive(tmp_path, side, half, count):
+  model = compiled(depth=1)
+  (layer,) = (block.attention for block in model.blocks)
+  held = layer.attention_fn
+  dual_map = dataclasses.replace(held.dual_map, side=side, half=half)
+  if count:
+    factors = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2)), jnp.float32)
+    dual_map = dataclasses.replace(
+      dual_map, relaxation=1.0 + 0.2 * factors, momentum=factors
+    )
+  layer.attention_fn = AsapAttention(dual_map, dict(held.options))
+  save(tmp_path / "model", model)
+  loaded = load(tmp_path / "model", models.toy(1, depth=1))
+  back = loaded.blocks[0].attention.attention_fn.dual_map
+  assert (back.side, back.half, back.closures) == (side, half, count)
+  assert nnx.graphdef(loaded) == nnx.graphdef(model)
+  assert_same_output(loaded, model)
+
+
+def test_sinkhorn_with_its_start_and_relaxation_survives(tmp_path):
+  teacher = models.toy()
+  sites = find_sinkhorn(teacher)
+  chosen = dict(
+    iterations=2, implementation="xla", start="gaussian_diagonal", relaxation=1.5
+  )
+  cut = functools.partial(sinkhorn_attention, **chosen, **sites[0].options)
+  held = compiled().blocks[1].attention.attention_fn
+  model = replace_sites(teacher, sites, [cut, held])
+  save(tmp_path / "model", model)
+  loaded = load(tmp_path / "model", models.toy())
+  (site,) = find_sinkhorn(loaded)
+  assert dataclasses.asdict(site.teacher) == chosen
   assert_same_output(loaded, model)
 
 
@@ -173,7 +212,7 @@ def test_a_model_saved_before_its_code_moved_loads():
   held = loaded.layers[0].attention_fn
   assert held.dual_map.closures == 2
   assert held.dual_map.network is not None
-  assert find_sinkhorn(loaded)[0].implementation == "xla"
+  assert find_sinkhorn(loaded)[0].teacher.implementation == "xla"
   calls = np.load(folder / "calls.npz")
   np.testing.assert_allclose(loaded(calls["inputs"]), calls["outputs"], atol=1e-5)
 

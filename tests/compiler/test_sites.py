@@ -8,6 +8,7 @@ from flax import nnx
 from helpers import models, references
 
 from asap_jax import SinkhornMultiHeadAttention, sinkhorn_attention, softmax_attention
+from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.sites import find_sinkhorn, recorder, replace_sites
 
 BATCH, N, HEADS, WIDTH = 3, 6, models.HEADS, models.WIDTH
@@ -67,6 +68,23 @@ def test_sites_are_in_the_order_of_the_layers():
 def test_model_without_sinkhorn_attention_has_no_sites():
   flax = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0))
   assert find_sinkhorn(flax) == []
+
+
+def test_sites_know_their_start_and_half_iterations_are_left_out():
+  class Model(nnx.Module):
+    def __init__(self):
+      self.first = layer(2, start="gaussian", epsilon=0.5)
+      self.half = layer(0, start="gaussian_diagonal")
+      self.bound = functools.partial(
+        sinkhorn_attention, relaxation=1.5, implementation="xla", scale=0.3
+      )
+
+  sites = {site.name: site for site in find_sinkhorn(Model())}
+  assert sites.keys() == {"first", "bound"}
+  assert sites["first"].teacher == Sinkhorn(2, "ott", "gaussian")
+  assert sites["first"].options == {"epsilon": 0.5}
+  assert sites["bound"].teacher == Sinkhorn(20, "xla", relaxation=1.5)
+  assert sites["bound"].options == {"scale": 0.3}
 
 
 def test_replacing_leaves_the_original_untouched():

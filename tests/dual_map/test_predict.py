@@ -9,6 +9,7 @@ from helpers import oracles, references
 from asap_jax.dual_map import features
 from asap_jax.dual_map import predict as dual_map
 from asap_jax.dual_map.features import FEATURES, KINDS, feature_count
+from asap_jax.dual_map.network import init_network
 from asap_jax.dual_map.predict import DualMap, linear_dual
 from asap_jax.masses import centre
 
@@ -34,14 +35,13 @@ def on_device(weights):
   return [w if w is None else jnp.asarray(w) for w in weights]
 
 
-def expected_features(query, key, directions, weights):
-  return np.array(
-    [
-      [references.dual_features(query[b, h], key[b, h], directions[h], *weights)
-       for h in range(HEADS)]
-      for b in range(BATCH)
-    ]
-  )  # fmt: skip
+def expected_features(query, key, directions, weights, kinds=FEATURES):
+  def of(b, h):
+    return references.dual_features(
+      query[b, h], key[b, h], directions[h], *weights, kinds
+    )
+
+  return np.array([[of(b, h) for h in range(HEADS)] for b in range(BATCH)])
 
 
 @pytest.mark.parametrize("name", oracles.WEIGHTS)
@@ -76,6 +76,104 @@ def test_kinds_of_features_are_columns_of_all(kinds):
   expected = np.einsum("bhnp,hp->bhn", everything[..., keep], WEIGHTS[:, keep])
   actual = predict_dual(some, QUERY, KEY, *masks)
   np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["equal", "masks", "masses with zeros"])
+@pytest.mark.parametrize("kind", ["gaussian_diagonal", "gaussian"])
+def test_gaussian_features_against_numpy(kind, name):
+  weights = oracles.WEIGHTS[name]
+  # Coordinates of unlike spreads and means, which features must not see.
+  spread = np.array([3.0, 1.0, 0.2])
+  query, key = (QUERY + 2.0) * spread, KEY * spread - 1.0
+  expected = expected_features(query, key, DIRECTIONS, weights, (kind,))
+  given = on_device(weights)
+  actual = dual_features(query, key, DIRECTIONS, (kind,), *given)
+  assert actual.shape[-1] == feature_count((kind,), SLICES, DIM)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+  padded = [
+    points if w is None else jnp.where((w > 0)[:, None], points, jnp.nan)
+    for points, w in zip((query, key), given, strict=True)
+  ]
+  clean = dual_features(*padded, DIRECTIONS, (kind,), *given)
+  np.testing.assert_array_equal(clean, actual)
+
+
+def key_side(**options):
+  """A map of the key side with features of every kind that has a reference."""
+  kinds = (*FEATURES, "gaussian_diagonal", "gaussian")
+  size = feature_count(kinds, SLICES, DIM)
+  weights = np.random.default_rng(1).normal(size=(HEADS, size)) / 3
+  return DualMap(
+    DIRECTIONS, jnp.asarray(weights, jnp.float32), kinds, side="key", **options
+  )
+
+
+@pytest.mark.parametrize("name", ["equal", "masks", "masses with zeros"])
+def test_from_the_key_side_queries_and_keys_change_places(name):
+  weights, held = oracles.WEIGHTS[name], key_side()
+  actual = predict_dual(held, QUERY, KEY, *on_device(weights))
+  assert actual.shape == (BATCH, HEADS, M)
+  for b, h in np.ndindex(BATCH, HEADS):
+    tokens = KEY[b, h], QUERY[b, h]
+    columns = references.dual_features(
+      *tokens, DIRECTIONS[h], *weights[::-1], held.features
+    )
+    expected = columns @ np.float64(held.weights[h])
+    np.testing.assert_allclose(actual[b, h], expected, atol=2e-4)
+  if weights[1] is not None:
+    np.testing.assert_array_equal(actual[..., weights[1] == 0], 0)
+  swapped = dataclasses.replace(held, side="query")
+  swapped = predict_dual(swapped, KEY, QUERY, *on_device(weights[::-1]))
+  np.testing.assert_array_equal(actual, swapped)
+
+
+def test_a_network_of_the_key_side_sees_keys_as_its_tokens():
+  network = init_network(jax.random.key(0), HEADS, DIM, WEIGHTS.shape[-1], 4)
+  network = dataclasses.replace(network, output=jnp.ones((HEADS, 4)))
+  held = dataclasses.replace(DUAL_MAP, network=network)
+  masks = on_device(MASKS)
+  expected = predict_dual(held, KEY, QUERY, *masks[::-1])
+  keyed = dataclasses.replace(held, side="key")
+  actual = predict_dual(keyed, QUERY, KEY, *masks)
+  np.testing.assert_array_equal(actual, expected)
+  linear = predict_dual(dataclasses.replace(keyed, network=None), QUERY, KEY, *masks)
+  assert np.abs(actual - linear).max() > 0.1
+
+
+def test_vmap_of_a_key_side_map_agrees_with_the_batch():
+  held, masks = key_side(), on_device(MASKS)
+  mapped = jax.jit(jax.vmap(predict_dual, in_axes=(None, 0, 0, None, None)))
+  expected = predict_dual(held, QUERY, KEY, *masks)
+  np.testing.assert_allclose(mapped(held, QUERY, KEY, *masks), expected, atol=1e-4)
+
+
+def test_closures_of_a_map_are_plain_until_they_are_learned():
+  assert DUAL_MAP.closures == 1
+  one, two, three = (DUAL_MAP.with_closures(count) for count in (1, 2, 3))
+  assert [held.closures for held in (one, two, three)] == [1, 2, 3]
+  assert one.steps == {"relaxation": None, "momentum": None, "side": "query"}
+  assert two.momentum is None
+  np.testing.assert_array_equal(two.relaxation, np.ones((HEADS, 1)))
+  np.testing.assert_array_equal(three.relaxation, np.ones((HEADS, 2)))
+  np.testing.assert_array_equal(three.momentum, np.zeros((HEADS, 2)))
+  assert three.with_closures(1).to_named().keys() == {"directions", "weights"}
+  half = key_side(half=True)
+  assert half.closures == 0
+  # Whole closures follow a map that half of one did.
+  assert half.with_closures(2).closures == 2
+  assert half.with_closures(2).side == "key"
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"side": "key"}, {"side": "key", "half": True}]
+)
+def test_named_leaves_give_the_map_back(options):
+  held = dataclasses.replace(DUAL_MAP, **options)
+  if not options.get("half"):
+    held = held.with_closures(3)
+  back = DualMap.from_named(held.to_named(), held.features, **options)
+  assert jax.tree.structure(back) == jax.tree.structure(held)
+  jax.tree.map(np.testing.assert_array_equal, back, held)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, 1e6])
@@ -252,3 +350,11 @@ def test_cumulants_of_products_are_those_of_queries_and_keys(weights, offset):
   # Not centred: the two differ by a constant a sequence.
   found = centre(linear_dual(DUAL_MAP, QUERY, key, *given, products), given[0])
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * (1 + offset))
+
+
+def test_cumulants_of_products_from_the_key_side():
+  held, given = key_side(), on_device(MASKS)
+  products = jnp.einsum("bhnd,bhmd->bhnm", QUERY, KEY)
+  expected = predict_dual(held, QUERY, KEY, *given)
+  found = centre(linear_dual(held, QUERY, KEY, *given, products), given[1])
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)

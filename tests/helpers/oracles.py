@@ -42,6 +42,32 @@ def random_logits(seed=0, scale=2.0):
   return jnp.asarray(logits, jnp.float32), jnp.asarray(f, jnp.float32)
 
 
+# Closures whose factors differ: how many, and options of `asap_jax.closures`.
+STEPS = {
+  "momentum": (4, {"relaxation": [1.5, 0.7, 1.2], "momentum": [0.9, 0.3, -0.2]}),
+  "half": (0, {"side": "key"}),
+  "key": (1, {"side": "key"}),
+  "key and momentum": (
+    3,
+    {"side": "key", "relaxation": [1.4, 0.8], "momentum": [0.0, 0.4]},
+  ),
+}
+
+
+def steps_on_device(options):
+  """Options of `STEPS` as JAX arrays."""
+  return {
+    name: given if name == "side" else jnp.asarray(given, jnp.float32)
+    for name, given in options.items()
+  }
+
+
+def random_dual(options, seed=0):
+  """A dual of the side that options of `STEPS` start at, float32."""
+  size = M if options.get("side") == "key" else N
+  return jnp.asarray(np.random.default_rng(seed).normal(size=size), jnp.float32)
+
+
 def presence(weights):
   """Pairs of present points, `[N, M]`."""
   a, b = (np.ones(s) if w is None else w for w, s in zip(weights, (N, M), strict=True))
@@ -129,18 +155,42 @@ def plan_sums(query_weights, key_weights, n, m):
   return len(rows) * a, len(rows) * b
 
 
-def closures(logits, f, count, query_weights=None, key_weights=None, relaxation=None):
-  """Duals after `count` Sinkhorn iterations from f, over-relaxed between them."""
+def closures(
+  logits,
+  dual,
+  count,
+  query_weights=None,
+  key_weights=None,
+  relaxation=None,
+  momentum=None,
+  side="query",
+):
+  """Duals after `count` Sinkhorn iterations from the dual of one side.
+
+  Between them f moves by omega (closed - f) + c (f - the f before). From the key side
+  half an iteration comes first, and may be all.
+  """
   n, m = logits.shape
   rows, columns = present(query_weights, n), present(key_weights, m)
   row_sums, column_sums = plan_sums(query_weights, key_weights, n, m)
   S = np.asarray(logits, np.float64)[np.ix_(rows, columns)]
-  f_present, g_present = np.asarray(f, np.float64)[rows], 0.0
-  omegas = np.ones(count) if relaxation is None else [*relaxation, 1.0]
-  for omega in omegas:
+
+  def to_queries(g):
+    return np.log(row_sums) - logsumexp(S + g, axis=1)
+
+  start = np.asarray(dual, np.float64)[rows if side == "query" else columns]
+  starts = [start if side == "query" else to_queries(start)]
+  g_present, f_present = start, starts[0]
+  for k in range(count):
     g_present = np.log(column_sums) - logsumexp(S + f_present[:, None], axis=0)
-    closed = np.log(row_sums) - logsumexp(S + g_present, axis=1)
-    f_present = (1 - omega) * f_present + omega * closed
+    f_present = to_queries(g_present)
+    if k < count - 1:
+      omega = 1.0 if relaxation is None else np.float64(relaxation[k])
+      moved = (1 - omega) * starts[-1] + omega * f_present
+      if momentum is not None and k > 0:
+        moved = moved + np.float64(momentum[k]) * (starts[-1] - starts[-2])
+      starts.append(moved)
+      f_present = moved
   f, g = np.zeros(n), np.zeros(m)
   f[rows], g[columns] = f_present, g_present
   return f, g

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import peer_references as papers
 
-from asap_jax.dual_map.predict import DualMap
 from asap_jax.peers import ATTENTIONS, DifferentialParameters, Pivot
 
 BATCH, N, M, HEADS, DIM, VALUES, SLICES, RANK = 2, 6, 9, 2, 4, 3, 3, 3
@@ -111,7 +110,6 @@ class Case:
     return output, plans
 
 
-DUAL_MAP = DualMap(DIRECTIONS, 0.5 * normal(HEADS, SLICES + DIM + 2))
 PIVOT = Pivot(normal(HEADS, RANK, DIM), normal(HEADS, RANK))
 PARAMETERS = DifferentialParameters(
   *(0.5 * normal(DIM // 2) for _ in range(4)), gain=1 + 0.1 * normal(VALUES)
@@ -200,11 +198,6 @@ CASES = {
     lambda q, k, h, s: papers.sliced(q, k, s, np.eye(DIM), 1.5),
     {"inverse_temperature": 1.5},
     square=True,
-  ),
-  "one_sided": Case(
-    "one_sided",
-    lambda q, k, h, s, dual_map: papers.one_sided(q, k, dual_map, h, SCALE, s),
-    learned={"dual_map": DUAL_MAP},
   ),
   "differential": Case(
     "differential",

@@ -3,7 +3,6 @@
 from fractions import Fraction
 
 import numpy as np
-from helpers import references
 
 
 def softmax(x):
@@ -94,11 +93,6 @@ def sliced(q, k, logits, directions, t):
     return plans[int(np.argmin(costs))]
   weights = softmax(-t * costs)
   return sum(w * plan for w, plan in zip(weights, plans, strict=True))
-
-
-def one_sided(q, k, dual_map, head, scale, logits):
-  features = references.dual_features(scale * k, q, dual_map.directions[head])
-  return softmax(logits + features @ dual_map.weights[head])
 
 
 def differential(q, k, parameters, initial, scale, bias, allowed):

@@ -45,12 +45,8 @@ def test_sown_weights_are_those_of_the_paper(case):
 )
 def test_bias_and_scale(case):
   bias = normal(peer_cases.BATCH, HEADS, N, case.m)
-  if case.name == "one_sided":  # the prediction sees the scale, and no bias
-    expected, _ = case.reference(*case.inputs, False, bias)
-    actual = case(*case.inputs, bias)
-  else:
-    expected, _ = case.reference(*case.inputs, False, bias, scale=0.3 / 2.0)
-    actual = case(*case.inputs, bias, scale=0.3, epsilon=2.0)
+  expected, _ = case.reference(*case.inputs, False, bias, scale=0.3 / 2.0)
+  actual = case(*case.inputs, bias, scale=0.3, epsilon=2.0)
   np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 

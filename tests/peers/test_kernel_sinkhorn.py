@@ -11,7 +11,9 @@ from helpers.peer_cases import (
   HEADS,
   JITTED,
   KEY,
+  KEY_MASK,
   QUERY,
+  QUERY_MASK,
   SCALE,
   VALUE,
   M,
@@ -21,9 +23,12 @@ from helpers.peer_cases import (
 from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
+from scipy.special import logsumexp
 
+from asap_jax import sinkhorn_attention
 from asap_jax.metrics import column_error, row_error
 from asap_jax.peers import kernel_sinkhorn_attention, sinkformer_attention
+from asap_jax.teacher import starting_dual
 
 INPUTS = QUERY, KEY, VALUE
 kernel = JITTED["kernel_sinkhorn"]
@@ -94,8 +99,47 @@ def test_many_half_steps_converge_to_sinkhorn():
   np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_half_steps_from_the_gaussian_start(count):
+  mask = QUERY_MASK[:, None, :, None] & KEY_MASK[:, None, None, :]
+  function = functools.partial(sinkformer_attention, half_steps=count, start="gaussian")
+  found = sown_weights(function, *INPUTS, mask=mask)
+  start = jax.jit(functools.partial(starting_dual, "gaussian", side="key"))
+  for b, h in np.ndindex(BATCH, HEADS):
+    rows, columns = np.flatnonzero(QUERY_MASK[b]), np.flatnonzero(KEY_MASK[b])
+    q, k = SCALE * QUERY[b, rows, h], KEY[b, columns, h]
+    logits = np.float64(q) @ np.float64(k).T
+    g = np.float64(start(q, k))
+    for step in range(count):
+      if step % 2 == 0:
+        f = -logsumexp(logits + g, axis=1)
+      else:
+        share = len(rows) / len(columns)
+        g = np.log(share) - logsumexp(logits + f[:, None], axis=0)
+    expected = np.zeros((N, M))
+    expected[np.ix_(rows, columns)] = np.exp(logits + f[:, None] + g)
+    np.testing.assert_allclose(found[b, h], expected, atol=3e-5)
+
+
+def test_one_half_step_from_a_start_is_half_an_iteration():
+  options = {"start": "gaussian_full"}
+  found, expected = (
+    jax.jit(functools.partial(function, **options))(*INPUTS)
+    for function, options in (
+      (sinkformer_attention, {"half_steps": 1, **options}),
+      (sinkhorn_attention, {"iterations": 0, **options}),
+    )
+  )
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_counts_below_one_are_refused():
   with pytest.raises(ValueError, match=r"half_steps=0: expected at least one"):
     sinkformer_attention(*INPUTS, half_steps=0)
   with pytest.raises(ValueError, match=r"iterations=0: expected at least one full"):
     kernel_sinkhorn_attention(*INPUTS, iterations=0)
+
+
+def test_an_unknown_start_is_refused(unchecked):
+  with pytest.raises(ValueError, match=r"start='none': expected one of zero, gaussian"):
+    sinkformer_attention(*INPUTS, start="none")

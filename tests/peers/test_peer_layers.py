@@ -8,32 +8,27 @@ import pytest
 from flax import nnx
 from helpers.peer_cases import HEADS, JITTED, SLICES, N, normal
 
-from asap_jax.dual_map.predict import DualMap
 from asap_jax.peers import (
   differential_attention,
   esp_attention,
   lambda_init,
   lot_attention,
-  one_sided_attention,
 )
 from asap_jax.peers.layers import (
   DifferentialAttention,
   ESPAttention,
   LOTAttention,
-  OneSidedAttention,
 )
 
 WIDTH, DIM = 8, 4
 X, TARGET = normal(2, N, WIDTH), normal(2, N, WIDTH)
 INPUTS = [normal(2, N, HEADS, DIM) for _ in range(3)]
-DUAL_MAP = DualMap(normal(HEADS, SLICES, DIM), normal(HEADS, SLICES + DIM + 2))
 MAKE = {
   "esp": lambda rngs: ESPAttention(
     HEADS, SLICES, DIM, rngs=rngs, sort_temperature=0.1, inverse_temperature=2.0
   ),
   "lot": lambda rngs: LOTAttention(HEADS, 3, DIM, rngs=rngs, iterations=2),
   "differential": lambda rngs: DifferentialAttention(DIM, layer=3, rngs=rngs),
-  "one_sided": lambda rngs: OneSidedAttention(DUAL_MAP, {"epsilon": 0.5}),
 }
 each = pytest.mark.parametrize("name", MAKE)
 
@@ -80,7 +75,6 @@ def test_module_calls_its_function(name):
     "differential": lambda: differential_attention(
       *INPUTS, parameters=module.parameters, initial=lambda_init(3)
     ),
-    "one_sided": lambda: one_sided_attention(*INPUTS, dual_map=DUAL_MAP, epsilon=0.5),
   }[name]
   np.testing.assert_allclose(nnx.jit(module)(*INPUTS), jax.jit(expected)(), atol=1e-5)
 

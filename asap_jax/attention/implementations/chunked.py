@@ -20,6 +20,9 @@ from jaxtyping import Array, Float
 from asap_jax.attention.implementations.blocks import block_size
 from asap_jax.c_transform.entropic import (
   LOG_ZERO,
+  Side,
+  advance,
+  by_closure,
   check_closures,
   column_sums,
   row_sums,
@@ -41,10 +44,11 @@ class _Problem(NamedTuple):
   query: Array
   key: Array
   value: Array
-  f: Array
+  dual: Array
   rows: Array  # sums of the plan's rows, zero at absent queries
   columns: Array  # likewise
   relaxation: Array | None
+  momentum: Array | None
   bias: Array | None  # `[batch or 1..., n or 1, m or 1]`
 
 
@@ -52,13 +56,15 @@ def chunked_attention(
   query: Float[Array, "*batch n dim"],
   key: Float[Array, "*batch m dim"],
   value: Float[Array, "*batch m features"],
-  f: Float[Array, "*batch n"],
+  dual: Float[Array, "..."],
   count: int = 1,
   query_weights: Masses = None,
   key_weights: Masses = None,
   *,
   bias: Float[Array, "..."] | None = None,
   relaxation: Float[Array, "..."] | None = None,
+  momentum: Float[Array, "..."] | None = None,
+  side: Side = "query",
   precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*batch n features"]:
   """Values weighted by the plan of `count` closures from f, in O(n + m) memory.
@@ -73,12 +79,14 @@ def chunked_attention(
     query: see `scaled_attention`, as all arguments not listed here.
     key: likewise.
     value: likewise.
-    f: query-side dual to start at, `[..., n]`.
+    dual: likewise.
     count: likewise.
     query_weights: likewise.
     key_weights: likewise.
     bias: likewise; read chunk by chunk and never broadcast.
     relaxation: likewise.
+    momentum: likewise.
+    side: likewise.
     precision: likewise.
 
   Returns:
@@ -87,12 +95,12 @@ def chunked_attention(
   Raises:
     ValueError: as `scaled_attention`.
   """
-  check_closures(count, relaxation)
+  check_closures(count, relaxation, momentum, side)
   n, m = query.shape[-2], key.shape[-2]
   check_weights("query_weights", query_weights, n)
   check_weights("key_weights", key_weights, m)
   batch = query.shape[:-2]
-  dtype = float_dtype(query, key, f)
+  dtype = float_dtype(query, key, dual)
   rows, columns = (
     jnp.broadcast_to(sums.astype(dtype), (*batch, size))
     for sums, size in (
@@ -100,21 +108,26 @@ def chunked_attention(
       (column_sums(query_weights, key_weights, n, m), m),
     )
   )
-  if relaxation is not None:
-    relaxation = jnp.broadcast_to(relaxation.astype(dtype), (*batch, count - 1))
+  relaxation, momentum = jax.tree.map(
+    lambda x: jnp.broadcast_to(x.astype(dtype), (*batch, max(count - 1, 0))),
+    (relaxation, momentum),
+  )
+  own_weights, size = (query_weights, n) if side == "query" else (key_weights, m)
+  dual = zero_invalid(dual.astype(dtype), own_weights)
   if bias is not None:
     bias = bias.reshape((1,) * (len(batch) + 2 - bias.ndim) + bias.shape)
   problem = _Problem(
     query=zero_invalid(query, query_weights, axis=-2),
     key=zero_invalid(key, key_weights, axis=-2),
     value=zero_invalid(value, key_weights, axis=-2),
-    f=zero_invalid(f.astype(dtype), query_weights),
+    dual=jnp.broadcast_to(dual, (*batch, size)),
     rows=rows,
     columns=columns,
     relaxation=relaxation,
+    momentum=momentum,
     bias=bias,
   )
-  attend = functools.partial(_attend, count=count, precision=precision)
+  attend = functools.partial(_attend, count=count, side=side, precision=precision)
   return jax.lax.platform_dependent(
     problem,
     cpu=functools.partial(attend, budget=_CPU_BUDGET),
@@ -123,14 +136,20 @@ def chunked_attention(
 
 
 def _attend(
-  problem: _Problem, *, count: int, precision: jax.lax.PrecisionLike, budget: int
+  problem: _Problem,
+  *,
+  count: int,
+  side: Side,
+  precision: jax.lax.PrecisionLike,
+  budget: int,
 ) -> Array:
   """`chunked_attention` with about `budget` scores at a time."""
-  query, key, value, f, rows, columns, relaxation, bias = problem
+  query, key, value, dual, rows, columns, relaxation, momentum, bias = problem
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
   least = max(n, m) * min(max(n, m), _LEAST_CHUNK)
   if batch and math.prod(batch) * least > budget:
-    attend = functools.partial(_attend, count=count, precision=precision, budget=budget)
+    options = {"count": count, "side": side, "precision": precision, "budget": budget}
+    attend = functools.partial(_attend, **options)
     return _by_groups(attend, problem, budget // (math.prod(batch[1:]) * least))
   product = functools.partial(jnp.einsum, precision=precision)
   by_chunks = functools.partial(_by_chunks, budget=budget // max(math.prod(batch), 1))
@@ -144,7 +163,7 @@ def _attend(
     # and hold them all.
     chunk, dual = jax.lax.optimization_barrier((chunk, dual))
     logits = product(
-      "...cd,...sd->...cs", chunk, points, preferred_element_type=f.dtype
+      "...cd,...sd->...cs", chunk, points, preferred_element_type=rows.dtype
     )
     if bias is not None:
       biases = bias if bias.shape[axis] == 1 else jnp.take(bias, positions, axis)
@@ -165,9 +184,10 @@ def _attend(
     present = sums > 0
     return jnp.where(present, jnp.log(jnp.where(present, sums, 1.0)) - logs, 0.0)
 
-  def step(f, omega):
+  def step(carry, factors):
+    f, before = carry
     closed = transform(transform(f, "query"), "key")
-    return closed if omega is None else f + omega[..., None] * (closed - f), None
+    return (advance(before, f, closed, *factors), f), None
 
   def values(chunk, positions):
     each = scores(chunk, positions, "key", g)
@@ -178,14 +198,17 @@ def _attend(
       "...cm,...mv->...cv",
       weights.astype(dtype),
       value.astype(dtype),
-      preferred_element_type=f.dtype,
+      preferred_element_type=rows.dtype,
     )
     return out / weights.sum(-1, keepdims=True)
 
+  g = dual
+  f = dual if side == "query" else transform(g, "key")
   if count > 1:
-    omegas = None if relaxation is None else jnp.moveaxis(relaxation, -1, 0)
-    f, _ = jax.lax.scan(step, f, omegas, length=count - 1)
-  g = transform(f, "query")
+    factors = by_closure(relaxation, momentum, rows.dtype)
+    (f, _), _ = jax.lax.scan(step, (f, f), factors, length=count - 1)
+  if count > 0:
+    g = transform(f, "query")
   out = by_chunks(values, query, m)
   return jnp.where(rows[..., None] > 0, rows[..., None] * out, 0.0).astype(value.dtype)
 

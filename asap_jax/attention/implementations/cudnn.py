@@ -20,7 +20,14 @@ from asap_jax.attention.implementations.cudnn_sums import (
   transform,
   values,
 )
-from asap_jax.c_transform.entropic import check_closures, column_sums, row_sums
+from asap_jax.c_transform.entropic import (
+  Side,
+  advance,
+  by_closure,
+  check_closures,
+  column_sums,
+  row_sums,
+)
 from asap_jax.masses import Masses, check_weights, zero_invalid
 from asap_jax.numerics import float_dtype
 
@@ -29,6 +36,7 @@ class _Static(NamedTuple):
   """What is not an array: hashable, for `jax.custom_vjp`."""
 
   count: int  # type: ignore[assignment]  # also a method of tuples
+  side: Side
   scale: float
   precision: Any
   fused: Fused
@@ -45,13 +53,15 @@ def cudnn_attention(
   query: Float[Array, "*batch n dim"],
   key: Float[Array, "*batch m dim"],
   value: Float[Array, "*batch m features"],
-  f: Float[Array, "*batch n"],
+  dual: Float[Array, "..."],
   count: int = 1,
   query_weights: Masses = None,
   key_weights: Masses = None,
   *,
   bias: None = None,
   relaxation: Float[Array, "..."] | None = None,
+  momentum: Float[Array, "..."] | None = None,
+  side: Side = "query",
   precision: jax.lax.PrecisionLike = None,
   scale: float = 1.0,
   fused: Fused = fused_attention,
@@ -67,12 +77,14 @@ def cudnn_attention(
     query: `[..., n, dim]`, bfloat16 or float16, not multiplied by the scale.
     key: `[..., m, dim]`, of the same dtype.
     value: `[..., m, features]`, of the same dtype.
-    f: see `scaled_attention`, as all arguments not listed here.
+    dual: see `scaled_attention`, as all arguments not listed here.
     count: likewise.
     query_weights: likewise.
     key_weights: likewise.
     bias: not supported: a bias is an n x m matrix, and the kernel takes none per key.
     relaxation: see `scaled_attention`.
+    momentum: likewise.
+    side: likewise.
     precision: of the products of the backward pass.
     scale: of the logits, not zero; a Python number, part of the kernel.
     fused: the fused attention to call.
@@ -87,7 +99,7 @@ def cudnn_attention(
   reason = unsupported(query, key, value, bias, scale)
   if reason is not None:
     raise ValueError(reason)
-  check_closures(count, relaxation)
+  check_closures(count, relaxation, momentum, side)
   n, m = query.shape[-2], key.shape[-2]
   check_weights("query_weights", query_weights, n)
   check_weights("key_weights", key_weights, m)
@@ -96,16 +108,17 @@ def cudnn_attention(
   def spread(array, size):
     return None if array is None else jnp.broadcast_to(array, (*batch, size))
 
-  static = _Static(count, float(scale), precision, fused)
+  static = _Static(count, side, float(scale), precision, fused)
   return _attend(
     static,
     zero_invalid(query, query_weights, axis=-2),
     zero_invalid(key, key_weights, axis=-2),
     zero_invalid(value, key_weights, axis=-2),
-    f,
+    spread(dual, n if side == "query" else m),
     spread(query_weights, n),
     spread(key_weights, m),
-    spread(relaxation, count - 1),
+    spread(relaxation, max(count - 1, 0)),
+    spread(momentum, max(count - 1, 0)),
   )
 
 
@@ -165,53 +178,69 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _chunked(
-  static: _Static, query: Array, key: Array, value: Array, f: Array, *rest: Array | None
+  static: _Static,
+  query: Array,
+  key: Array,
+  value: Array,
+  dual: Array,
+  *rest: Array | None,
 ) -> Array:
   """The same in plain XLA, for gradients and where shares leave their range."""
-  *weights, relaxation = rest
-  wide = float_dtype(f)
+  *weights, relaxation, momentum = rest
+  wide = float_dtype(dual)
   return chunked_attention(
     query.astype(wide) * static.scale,
     key.astype(wide),
     value,
-    f,
+    dual,
     static.count,
     *weights,
     relaxation=relaxation,
+    momentum=momentum,
+    side=static.side,
     precision=static.precision,
   )
 
 
 def _forward(
-  static: _Static, query: Array, key: Array, value: Array, f: Array, *rest: Array | None
+  static: _Static,
+  query: Array,
+  key: Array,
+  value: Array,
+  dual: Array,
+  *rest: Array | None,
 ) -> Array:
-  in_xla = functools.partial(_chunked, static, query, key, value, f, *rest)
-  query_weights, key_weights, relaxation = rest
+  in_xla = functools.partial(_chunked, static, query, key, value, dual, *rest)
+  query_weights, key_weights, relaxation, momentum = rest
   n, m = query.shape[-2], key.shape[-2]
-  f = f.astype(jnp.float32)
-  rows = jnp.broadcast_to(row_sums(query_weights, n), f.shape)
+  dual = dual.astype(jnp.float32)
+  rows = jnp.broadcast_to(row_sums(query_weights, n), (*dual.shape[:-1], n))
   columns = column_sums(query_weights, key_weights, n, m)
-  columns = jnp.broadcast_to(columns, (*f.shape[:-1], m))
+  columns = jnp.broadcast_to(columns, (*dual.shape[:-1], m))
   half = functools.partial(transform, static.fused, scale=static.scale)
   to_keys = functools.partial(half, query, key, rows, columns)
   to_queries = functools.partial(half, key, query, columns, rows)
 
-  def step(carry, omega):
-    f, exact = carry
+  def step(carry, factors):
+    f, before, exact = carry
     g, exact_keys = to_keys(f)
     closed, exact_queries = to_queries(g)
-    f = closed if omega is None else f + omega[..., None] * (closed - f)
-    return (f, exact & exact_keys & exact_queries), None
+    moved = advance(before, f, closed, *factors)
+    return (moved, f, exact & exact_keys & exact_queries), None
 
-  exact = jnp.ones((), bool)
+  f, exact = dual, jnp.ones((), bool)
+  if static.side == "key":
+    g = dual
+    f, exact = (None, exact) if static.count == 0 else to_queries(g)
   if static.count > 1:
-    omegas = (
-      None if relaxation is None else jnp.moveaxis(relaxation, -1, 0).astype(f.dtype)
-    )
-    (f, exact), _ = jax.lax.scan(step, (f, exact), omegas, length=static.count - 1)
-  g, exact_keys = to_keys(f)
+    factors = by_closure(relaxation, momentum, jnp.dtype(jnp.float32))
+    carry, _ = jax.lax.scan(step, (f, f, exact), factors, length=static.count - 1)
+    f, _, exact = carry
+  if static.count > 0:
+    g, exact_keys = to_keys(f)
+    exact = exact & exact_keys
   return jax.lax.cond(
-    exact & exact_keys,
+    exact,
     lambda: values(static.fused, query, key, value, g, rows, columns, static.scale),
     in_xla,
   )

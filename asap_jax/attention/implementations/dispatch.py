@@ -28,7 +28,7 @@ from asap_jax.attention.implementations.cudnn_sums import head_dim
 from asap_jax.attention.implementations.xla import scaled_attention
 from asap_jax.attention.inputs import Inputs
 from asap_jax.c_transform.scaling_domain import scaled_plan
-from asap_jax.dual_map.predict import DualMap
+from asap_jax.dual_map.predict import DualMap, Steps
 
 Implementation = Literal["xla", "chunked", "cudnn"]
 
@@ -46,27 +46,25 @@ class ClosedPlan:
 
   Attributes:
     inputs: queries, keys, bias and masks.
-    f: query-side dual to start at, `[batch..., heads, n]`.
+    dual: to start at, `[batch..., heads, n or m]`.
     count: closures.
-    relaxation: between them, as in `asap_jax.closures`.
+    steps: what is between them and whose dual it is, as in `asap_jax.closures`.
     implementation: a name, or `None` for the best.
-    dual_map: what predicted f, to be fused with the closures where that is faster; or
-      `None`.
+    dual_map: what predicted the dual, to be fused with the closures where that is
+      faster; or `None`.
   """
 
   inputs: Inputs
-  f: Array
+  dual: Array
   count: int
-  relaxation: Array | None = None
+  steps: Steps
   implementation: Implementation | None = None
   dual_map: DualMap | None = None
 
   def dense(self) -> Array:
     """Weights, `[batch..., heads, n, m]`."""
     logits, masks = self.inputs.logits, self.inputs.masks
-    return scaled_plan(
-      logits, self.f, self.count, *masks, relaxation=self.relaxation
-    ).dense()
+    return scaled_plan(logits, self.dual, self.count, *masks, **self.steps).dense()
 
   def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     """Weights times values, by the implementation that is named or best.
@@ -88,8 +86,8 @@ class ClosedPlan:
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     inputs = self.inputs
     options: dict[str, Any] = {
+      **self.steps,
       "bias": inputs.bias,
-      "relaxation": self.relaxation,
       "precision": precision,
     }
     functions = {"xla": scaled_attention, "chunked": chunked_attention}
@@ -97,7 +95,7 @@ class ClosedPlan:
     tokens: tuple[Array, Array] = inputs.query, inputs.key
     if attend is cudnn_attention:
       tokens, options["scale"] = _narrow(inputs), inputs.scale
-    return attend(*tokens, value, self.f, self.count, *inputs.masks, **options)
+    return attend(*tokens, value, self.dual, self.count, *inputs.masks, **options)
 
   @functools.cached_property
   def chosen(self) -> Implementation:

@@ -1,4 +1,4 @@
-"""Doubly stochastic attention from a query-side dual, without forming the plan.
+"""Doubly stochastic attention from one side's dual, without forming the plan.
 
 On a CPU memory takes most of the time of one large kernel, so that none is formed. Few
 closures of short sequences are one expression in the log domain (`xla_short`). The
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from asap_jax.attention.implementations import xla_short
 from asap_jax.attention.implementations.blocks import by_blocks
-from asap_jax.c_transform.entropic import check_closures
+from asap_jax.c_transform.entropic import Side, check_closures
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.masses import Masses
 
@@ -27,32 +27,36 @@ def scaled_attention(
   query: Float[Array, "*batch n dim"],
   key: Float[Array, "*batch m dim"],
   value: Float[Array, "*batch m features"],
-  f: Float[Array, "*batch n"],
+  dual: Float[Array, "..."],
   count: int = 1,
   query_weights: Masses = None,
   key_weights: Masses = None,
   *,
   bias: Float[Array, "..."] | None = None,
   relaxation: Float[Array, "..."] | None = None,
+  momentum: Float[Array, "..."] | None = None,
+  side: Side = "query",
   precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "*batch n features"]:
-  """Values weighted by the plan of `count` closures from f, without forming the plan.
+  """Values weighted by the plan of `count` closures of a dual, which is not formed.
 
   The plan is that of `asap_jax.closures` for S = query key^T + bias, so Sinkhorn cut to
-  `count` iterations if f is zero. Works under jit, vmap and grad; derivatives of every
-  order are those of the log domain.
+  `count` iterations if the dual is zero. Works under jit, vmap and grad; derivatives of
+  every order are those of the log domain.
 
   Args:
     query: `[..., n, dim]`, carrying the scale of the logits.
     key: `[..., m, dim]`.
     value: `[..., m, features]`.
-    f: query-side dual to start at, `[..., n]`.
-    count: closures, at least one.
+    dual: to start at, `[..., n]` or `[..., m]`; see `asap_jax.closures`.
+    count: closures; from the key side none will do.
     query_weights: `None`, mask or masses, broadcast to `[..., n]`.
     key_weights: the same of the keys, to `[..., m]`; values of absent keys may hold
       anything.
     bias: added to the logits, broadcast to `[..., n, m]`.
-    relaxation: see `asap_jax.closures`.
+    relaxation: between closures; see `asap_jax.closures`, as the next two.
+    momentum: likewise.
+    side: whose dual it is.
     precision: of the products with keys and values.
 
   Returns:
@@ -61,41 +65,41 @@ def scaled_attention(
   Raises:
     ValueError: as `asap_jax.closures`.
   """
-  check_closures(count, relaxation)
+  check_closures(count, relaxation, momentum, side)
   attend, short = (
-    functools.partial(each, count, precision) for each in (_scaling_domain, _short)
+    functools.partial(each, count, side, precision)
+    for each in (_scaling_domain, _short)
   )
-  arguments = query, key, value, f, query_weights, key_weights, relaxation, bias
+  weights = query_weights, key_weights
+  arguments = query, key, value, dual, *weights, relaxation, momentum, bias
   batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
   if xla_short.is_short(count, query.shape[-2], key.shape[-2]):
     return jax.lax.platform_dependent(*arguments, cpu=short, default=attend)
   if bias is not None or math.prod(batch) * pairs <= _BLOCK:
     return attend(*arguments)
   in_blocks = functools.partial(
-    by_blocks, attend, batch, max(_BLOCK // pairs, 1), own=(2, 2, 2, 1, 1, 1, 1, 2)
+    by_blocks, attend, batch, max(_BLOCK // pairs, 1), own=(2, 2, 2, 1, 1, 1, 1, 1, 2)
   )
   return jax.lax.platform_dependent(
     *arguments, cpu=lambda *arguments: in_blocks(arguments), default=attend
   )
 
 
-def _short(
-  count, precision, query, key, value, f, query_weights, key_weights, relaxation, bias
-):
+def _short(count, side, precision, query, key, value, dual, *rest):
+  *weights, relaxation, momentum, bias = rest
   logits = _logits(query, key, bias, precision)
-  weights = query_weights, key_weights
+  steps = {"relaxation": relaxation, "momentum": momentum, "side": side}
   return xla_short.closed_values(
-    logits, f, value, count, relaxation, *weights, precision
+    logits, dual, value, count, *weights, precision, **steps
   )
 
 
-def _scaling_domain(
-  count, precision, query, key, value, f, query_weights, key_weights, relaxation, bias
-):
+def _scaling_domain(count, side, precision, query, key, value, dual, *rest):
+  *weights, relaxation, momentum, bias = rest
   logits = _logits(query, key, bias, precision)
-  weights = query_weights, key_weights
-  scaled = scaled_plan(logits, f, count, *weights, relaxation=relaxation)
-  return scaled.apply(value, key_weights, precision=precision)
+  steps = {"relaxation": relaxation, "momentum": momentum, "side": side}
+  scaled = scaled_plan(logits, dual, count, *weights, **steps)
+  return scaled.apply(value, weights[1], precision=precision)
 
 
 def _logits(

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.attention.inputs import Activation
-from asap_jax.c_transform.entropic import LOG_ZERO, row_sums
+from asap_jax.c_transform.entropic import LOG_ZERO, Side, advance, row_sums
 from asap_jax.dual_map.predict import DualMap, linear_dual
-from asap_jax.masses import Masses, normalised, zero_invalid
+from asap_jax.masses import Masses, normalised, valid, zero_invalid
 from asap_jax.numerics import float_dtype
 
 # Pairs of a head, and closures, up to which XLA makes one loop over the heads.
@@ -50,21 +50,25 @@ def predicted_values(
     `[..., heads, n, features]`.
   """
   products = seen.products
-  f = linear_dual(dual_map, seen.query, seen.key, *seen.masks, products=products)
+  dual = linear_dual(dual_map, seen.query, seen.key, *seen.masks, products=products)
   logits = products if seen.bias is None else products + seen.bias
-  count, relaxation = dual_map.closures, dual_map.relaxation
-  return closed_values(logits, f, value, count, relaxation, *seen.masks, precision)
+  return closed_values(
+    logits, dual, value, dual_map.closures, *seen.masks, precision, **dual_map.steps
+  )
 
 
 def closed_values(
   logits: Float[Array, "*batch n m"],
-  f: Float[Array, "..."],
+  dual: Float[Array, "..."],
   value: Float[Array, "*#batch m features"],
   count: int,
-  relaxation: Float[Array, "..."] | None = None,
   query_weights: Masses = None,
   key_weights: Masses = None,
   precision: jax.lax.PrecisionLike = None,
+  *,
+  relaxation: Float[Array, "..."] | None = None,
+  momentum: Float[Array, "..."] | None = None,
+  side: Side = "query",
 ) -> Float[Array, "*batch n features"]:
   """Values weighted by the plan of `asap_jax.closures`.
 
@@ -73,41 +77,52 @@ def closed_values(
 
   Args:
     logits: S, `[..., n, m]`.
-    f: query-side dual to start at, `[..., n]`, anything at absent queries.
+    dual: to start at, `[..., n]` or `[..., m]`, anything at absent points.
     value: `[..., m, features]`; those of absent keys may hold anything.
-    count: closures, at least one; all of them are unrolled.
-    relaxation: omega between closures, `[..., count - 1]`.
+    count: closures; all of them are unrolled.
     query_weights: `None`, mask or masses `[..., n]`.
     key_weights: likewise, `[..., m]`.
     precision: of the product with the values.
+    relaxation: omega between closures, `[..., count - 1]`.
+    momentum: likewise.
+    side: whose dual it is.
 
   Returns:
     `[..., n, features]` in the dtype of `value`, zero at absent queries.
   """
-  dtype = float_dtype(logits, f)
+  dtype = float_dtype(logits, dual)
   logits = logits.astype(dtype)
   rows = row_sums(query_weights, logits.shape[-2])
-  log_rows = _log(rows)
+  # Masks are sums and products from here on: a select would end XLA's loop.
+  present = (rows > 0).astype(dtype)
+  no_query, log_rows = LOG_ZERO * (1.0 - present), present * _log(rows)
   # Whatever the number of queries: rows are normalised in the end.
   log_columns = _log(normalised(key_weights, logits.shape[-1]))
 
-  def scores_of(f):
+  def scores_from_queries(f):
     if query_weights is not None:
-      f = jnp.where(rows > 0, f, LOG_ZERO)
+      f = f + no_query
     scores = jax.nn.log_softmax(logits + f[..., None], axis=-2)
     return scores if key_weights is None else scores + log_columns[..., None, :]
 
-  for closure in range(count - 1):
-    scores = scores_of(f)
+  def to_queries(scores):
     largest = _largest(scores)
     sums = jnp.sum(jnp.exp(scores - largest), axis=-1)
     change = -largest[..., 0] - jnp.log(sums)
-    if query_weights is not None:
-      change = change + log_rows
-    if relaxation is not None:
-      change = change * relaxation[..., closure, None]
-    f = f + change
-  scores = scores_of(f)
+    return change if query_weights is None else present * (change + log_rows)
+
+  f = before = zero_invalid(dual, query_weights if side == "query" else key_weights)
+  if side == "key":
+    g = f if key_weights is None else f + LOG_ZERO * ~valid(key_weights)
+    scores = logits + g[..., None, :]
+    if count > 0:
+      f = before = to_queries(scores)
+  for k in range(count - 1):
+    closed = to_queries(scores_from_queries(f))
+    factors = (None if x is None else x[..., k] for x in (relaxation, momentum))
+    before, f = f, advance(before, f, f + closed, *factors)
+  if count > 0:
+    scores = scores_from_queries(f)
   kernel = jnp.exp(scores - _largest(scores))
   out = jnp.einsum(
     "...nm,...mv->...nv",

@@ -181,10 +181,9 @@ def mean_kl(dual_map: DualMap, sample: Sample) -> jax.Array:
   """KL(teacher || closed plan), mean over heads and valid rows; differentiable."""
   activation = sample.activation
   masks = activation.masks
-  f_hat = predict_dual(dual_map, activation.query, activation.key, *masks)
-  count, relaxation = dual_map.closures, dual_map.relaxation
+  predicted = predict_dual(dual_map, activation.query, activation.key, *masks)
   closed = scaled_plan(
-    activation.logits, f_hat, count, *masks, relaxation=relaxation
+    activation.logits, predicted, dual_map.closures, *masks, **dual_map.steps
   ).duals
   gained = closed.f.sum() + jnp.sum(closed.g * sample.columns)
   rows = zero_invalid(jnp.ones(activation.query.shape[:-1]), masks[0]).sum()

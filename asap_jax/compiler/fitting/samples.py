@@ -1,7 +1,6 @@
 """Samples of a teacher's calls that refinement keeps, and minibatches of them."""
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from asap_jax.attention.inputs import Activation
-from asap_jax.c_transform.entropic import closure, plan
-from asap_jax.teacher.sinkhorn import sinkhorn_source_dual
+from asap_jax.c_transform.entropic import plan
+from asap_jax.compiler.operators import Sinkhorn
 
 
 class Sample(NamedTuple):
@@ -35,15 +34,14 @@ class Sample(NamedTuple):
     return self.constant.shape[0]
 
 
-@functools.partial(jax.jit, static_argnames="iterations")
-def sample_of(activation: Activation, iterations: int) -> Sample:
-  """Sample of one call, for a teacher of so many full iterations."""
+@jax.jit
+def sample_of(activation: Activation, teacher: Sinkhorn) -> Sample:
+  """Sample of one call, with the plans of a teacher."""
   logits, masks = activation.logits, activation.masks
-  source = sinkhorn_source_dual(logits, iterations, *masks)
-  duals = closure(logits, source, *masks)
-  teacher = plan(logits, duals, *masks)
-  columns = teacher.sum(-2)
-  entropy = jnp.sum(duals.f * teacher.sum(-1), -1) + jnp.sum(duals.g * columns, -1)
+  duals, _ = teacher.duals(activation)
+  weights = plan(logits, duals, *masks)
+  columns = weights.sum(-2)
+  entropy = jnp.sum(duals.f * weights.sum(-1), -1) + jnp.sum(duals.g * columns, -1)
   return Sample(
     dataclasses.replace(activation, is_product=None), columns, entropy.sum(-1)
   )

@@ -5,7 +5,6 @@ import itertools
 import math
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -23,11 +22,11 @@ from asap_jax.compiler.fitting.ridge import (
 from asap_jax.compiler.fitting.samples import Sample, host_bytes, pooled, sample_of
 from asap_jax.compiler.fitting.scales import add_network
 from asap_jax.compiler.fitting.slicing import DirectionKind, draw_directions
+from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recording import Layer, Observer
 from asap_jax.dual_map.features import dual_features, feature_count
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.masses import centre
-from asap_jax.teacher.sinkhorn import sinkhorn_source_dual
 
 # What refinement descends on: KL(teacher plan || compiled plan), or minus the dual
 # objective of the converged problem.
@@ -82,29 +81,26 @@ def fit_layers(
   """
   drawn = draw_directions(teacher, options.slices, options.directions, options.seed)
   fitted = _fit_ridge(teacher, drawn, options)
-  if options.closures > 1:
-    fitted = [_with_closures(fit, options.closures) for fit in fitted]
+  fitted = [
+    fit._replace(dual_map=fit.dual_map.with_closures(options.closures))
+    for fit in fitted
+  ]
   if not options.refine_steps:
     return fitted
   chosen = range(len(fitted)) if chosen is None else sorted(chosen)
   return _refine(teacher, fitted, options, list(chosen))
 
 
-def _with_closures(fit: FittedLayer, closures: int) -> FittedLayer:
-  plain = jnp.ones((fit.dual_map.directions.shape[0], closures - 1))
-  return fit._replace(dual_map=replace(fit.dual_map, relaxation=plain))
-
-
-@functools.partial(jax.jit, static_argnames=("iterations", "features"))
+@functools.partial(jax.jit, static_argnames="features")
 def _regression(
   activation: Activation,
   directions: jax.Array,
-  iterations: int,
+  teacher: Sinkhorn,
   features: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array]:
   """Features and target of one call, as `ridge.add_batch` takes them."""
   masks = activation.query_mask, activation.key_mask
-  dual = sinkhorn_source_dual(activation.logits, iterations, *masks)
+  dual = teacher.source(activation)
   columns = dual_features(
     activation.query, activation.key, directions, features, *masks
   )
@@ -128,7 +124,7 @@ def _fit_ridge(
       start = time.perf_counter()
       for activation in of_layer:
         columns, target = _regression(
-          activation, directions[index], layer.site.iterations, features
+          activation, directions[index], layer.site.teacher, features
         )
         try:
           sums[index] = add_batch(sums[index], columns, target, activation.query_mask)
@@ -227,12 +223,12 @@ def _parts(
     for calls in itertools.chain([first], stream):
       batches += 1
       for index, samples in zip(chosen, kept, strict=True):
-        iterations = teacher.layers[index].site.iterations
+        own = teacher.layers[index].site.teacher
         for activation in calls[index]:
           sample = (
             objective_sample(activation)
             if objective == "dual"
-            else sample_of(activation, iterations)
+            else sample_of(activation, own)
           )
           samples.append(jax.device_get(sample))
           stored += host_bytes(samples[-1])

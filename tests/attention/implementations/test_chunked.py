@@ -22,6 +22,7 @@ def normal(*shape):
 
 QUERY, KEY = normal(BATCH, HEADS, N, DIM), normal(BATCH, HEADS, M, DIM)
 VALUE, F = normal(BATCH, HEADS, M, VALUES), normal(BATCH, HEADS, N)
+G = normal(BATCH, HEADS, M)
 QUERY_MASK = (jnp.arange(N) < jnp.asarray([5, 7])[:, None])[:, None]
 KEY_MASK = (jnp.arange(M) < jnp.asarray([9, 6])[:, None])[:, None]
 
@@ -82,11 +83,19 @@ def test_bias_per_head_of_sequences_in_turn():
   np.testing.assert_allclose(actual, wanted, atol=2e-5)
 
 
-def test_sharp_logits_against_float64():
-  query, f = 60 * QUERY, 40 * F
-  actual = jax.jit(chunked_attention, static_argnums=4)(query, KEY, VALUE, f, 3)
-  wanted = references.closed_values(query, KEY, VALUE, f, 3)
-  np.testing.assert_allclose(actual, wanted, atol=1e-3)
+@pytest.mark.parametrize(
+  ("side", "count"), [("query", 3), ("key", 3), ("key", 0)], ids=str
+)
+@pytest.mark.usefixtures("small")
+def test_sharp_logits_against_float64(side, count):
+  query, dual = 60 * QUERY, 40 * (F if side == "query" else G)
+  options = {"side": side}
+  if count:
+    factors = jnp.asarray([[1.2, 0.9], [1.0, 1.4]])
+    options |= {"relaxation": factors, "momentum": factors - 1.1}
+  attend = jax.jit(lambda *a: chunked_attention(*a, count, **options))
+  wanted = references.closed_values(query, KEY, VALUE, dual, count, **options)
+  np.testing.assert_allclose(attend(query, KEY, VALUE, dual), wanted, atol=1e-3)
 
 
 def test_float_weights_against_the_kernel_that_is_formed():
@@ -132,11 +141,16 @@ def test_vmap_agrees_with_a_loop():
     np.testing.assert_allclose(out, attend(query, f), atol=1e-6)
 
 
-def test_more_closures_are_refused_where_relaxation_does_not_fit():
+@pytest.mark.usefixtures("unchecked")
+def test_arguments_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match="count=0"):
     chunked_attention(QUERY, KEY, VALUE, F, 0)
   with pytest.raises(ValueError, match="relaxation has shape"):
     chunked_attention(QUERY, KEY, VALUE, F, 2, relaxation=jnp.ones((HEADS, 2)))
+  with pytest.raises(ValueError, match="momentum has shape"):
+    chunked_attention(QUERY, KEY, VALUE, F, 2, momentum=jnp.ones((HEADS, 2)))
+  with pytest.raises(ValueError, match="side='keys'"):
+    chunked_attention(QUERY, KEY, VALUE, F, side="keys")
   with pytest.raises(ValueError, match="key_weights has shape"):
     chunked_attention(QUERY, KEY, VALUE, F, 1, None, QUERY_MASK)
 

@@ -173,3 +173,7 @@ def test_what_the_kernel_does_not_take_is_refused():
     jax.jit(lambda s: cudnn_attention(*arguments, scale=s))(1.0)
   with pytest.raises(ValueError, match="count=0"):
     cudnn_attention(*arguments, 0)
+  with pytest.raises(ValueError, match="momentum has shape"):
+    cudnn_attention(*arguments, 2, momentum=jnp.ones((HEADS, 2)))
+  with pytest.raises(ValueError, match="side='keys'"):
+    cudnn_attention(*arguments, side="keys")

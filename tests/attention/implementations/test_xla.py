@@ -13,9 +13,9 @@ from asap_jax.dual_map import DualMap, predict_dual
 
 BATCH, HEADS, N, M, DIM, VALUES = 3, 2, 6, 9, 4, 3
 RANDOM = np.random.default_rng(0)
-QUERY, KEY, VALUE, F, BIAS = (
+QUERY, KEY, VALUE, F, BIAS, G = (
   jnp.asarray(RANDOM.normal(size=(BATCH, HEADS, *shape)), jnp.float32)
-  for shape in ((N, DIM), (M, DIM), (M, VALUES), (N,), (N, M))
+  for shape in ((N, DIM), (M, DIM), (M, VALUES), (N,), (N, M), (M,))
 )
 QUERY_MASK = jnp.arange(N) < jnp.asarray([4, 6, 5])[:, None, None]
 KEY_MASK = jnp.arange(M) < jnp.asarray([9, 3, 7])[:, None, None]
@@ -52,6 +52,60 @@ def test_against_float64(weights, count):
   actual = function(QUERY, KEY, VALUE, F)
   wanted = expected(count, weights, relaxation=relaxation)
   np.testing.assert_allclose(actual, wanted, atol=2e-5)
+
+
+STEPS = {
+  "momentum": (
+    3,
+    {
+      "relaxation": jnp.asarray([[1.5, 1.1], [0.8, 1.3]]),
+      "momentum": jnp.asarray([[0.7, 0.5], [0.0, -0.4]]),
+    },
+  ),
+  "half": (0, {"side": "key"}),
+  "key": (2, {"side": "key", "relaxation": OMEGA}),
+}
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("case", STEPS)
+def test_momentum_and_the_key_side_against_float64(case):
+  count, options = STEPS[case]
+  dual = G if options.get("side") == "key" else F
+  function = jax.jit(lambda *a: scaled_attention(*a, count, **MASSES, **options))
+  wanted = references.closed_values(
+    QUERY, KEY, VALUE, dual, count, *MASSES.values(), **options
+  )
+  np.testing.assert_allclose(function(QUERY, KEY, VALUE, dual), wanted, atol=2e-5)
+
+
+def test_what_the_dual_holds_at_padding_reaches_no_gradient():
+  count, options = STEPS["momentum"]
+
+  @jax.jit
+  @jax.grad
+  def slopes(point):
+    f, factors = point
+    out = scaled_attention(QUERY, KEY, VALUE, f, count, **MASKS, **factors)
+    return jnp.square(out).sum()
+
+  absent = ~jnp.broadcast_to(QUERY_MASK, F.shape)
+  found, expected = (
+    slopes((jnp.where(absent, filling, F), options)) for filling in (jnp.nan, 0.0)
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert np.abs(expected[1]["momentum"][:, 1]).min() > 1e-3
+  np.testing.assert_array_equal(expected[1]["momentum"][:, 0], 0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_arguments_that_do_not_fit_are_refused():
+  with pytest.raises(ValueError, match="momentum has shape"):
+    scaled_attention(QUERY, KEY, VALUE, F, 2, momentum=jnp.ones((HEADS, 2)))
+  with pytest.raises(ValueError, match="side='keys'"):
+    scaled_attention(QUERY, KEY, VALUE, F, side="keys")
+  with pytest.raises(ValueError, match="count=0: expected at least 1 from the query"):
+    scaled_attention(QUERY, KEY, VALUE, F, 0)
 
 
 @pytest.mark.parametrize("blocks", ["short", "single"], indirect=True)
@@ -142,13 +196,20 @@ def test_vmap_agrees_with_the_batch():
 
 
 @pytest.mark.parametrize(
-  ("closures", "masked"), [(1, False), (2, True)], ids=["all", "masks"]
+  ("masked", "options"),
+  [
+    (False, {}),
+    (True, {"relaxation": OMEGA}),
+    (True, STEPS["momentum"][1] | {"side": "key"}),
+    (True, {"side": "key", "half": True}),
+  ],
+  ids=["all", "masks", "key and momentum", "half"],
 )
-def test_prediction_fused_with_closures_is_the_same(closures, masked):
+def test_prediction_fused_with_closures_is_the_same(masked, options):
   dual_map = DualMap(
     jnp.asarray(RANDOM.normal(size=(HEADS, 2, DIM)), jnp.float32),
     jnp.asarray(0.3 * RANDOM.normal(size=(HEADS, 2 + DIM + 2)), jnp.float32),
-    relaxation=OMEGA if closures == 2 else None,
+    **options,
   )
   masks = tuple(MASKS.values()) if masked else (None, None)
 
@@ -158,8 +219,8 @@ def test_prediction_fused_with_closures_is_the_same(closures, masked):
 
   def in_steps(query, key):
     f = predict_dual(dual_map, query, key, *masks)
-    options = {"bias": BIAS, "relaxation": dual_map.relaxation}
-    return scaled_attention(query, key, VALUE, f, closures, *masks, **options)
+    options = {"bias": BIAS, **dual_map.steps}
+    return scaled_attention(query, key, VALUE, f, dual_map.closures, *masks, **options)
 
   def both(function):
     loss = lambda q, k: jnp.square(function(q, k)).sum()  # noqa: E731

@@ -14,7 +14,7 @@ from asap_jax.compiler.fidelity import fidelity_sums
 from asap_jax.compiler.fitting.descent import Refiner, mean_kl, refine
 from asap_jax.compiler.fitting.samples import minibatches, pooled, sample_of
 from asap_jax.compiler.fitting.scales import add_network
-from asap_jax.compiler.operators import Asap
+from asap_jax.compiler.operators import Asap, Sinkhorn
 from asap_jax.compiler.recording import Observer
 
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -39,8 +39,8 @@ def dual_map():
 )
 def test_loss_is_the_kl_of_the_plans(masked):
   seen = activation(masked)
-  (sums,) = fidelity_sums(seen, [Asap(dual_map())], 5)
-  found = mean_kl(dual_map(), sample_of(seen, 5))
+  (sums,) = fidelity_sums(seen, [Asap(dual_map())], Sinkhorn(5))
+  found = mean_kl(dual_map(), sample_of(seen, Sinkhorn(5)))
   # The sums are of the plans themselves, entry by entry.
   np.testing.assert_allclose(found, sums.kl.sum() / sums.rows.sum(), rtol=1e-4)
 
@@ -56,12 +56,13 @@ def test_what_lies_at_padding_changes_nothing(hidden):
   )
   held = dual_map()
   if hidden:
-    held = add_network(held, sample_of(seen, 5), hidden, jax.random.key(0))
+    held = add_network(held, sample_of(seen, Sinkhorn(5)), hidden, jax.random.key(0))
     output = jax.random.normal(KEYS[0], (3, hidden))
     held = dataclasses.replace(
       held, network=dataclasses.replace(held.network, output=output)
     )
-  gradients = [jax.grad(mean_kl)(held, sample_of(given, 5)) for given in (seen, filled)]
+  samples = [sample_of(given, Sinkhorn(5)) for given in (seen, filled)]
+  gradients = [jax.grad(mean_kl)(held, sample) for sample in samples]
   for found, expected in zip(*map(jax.tree.leaves, gradients), strict=True):
     np.testing.assert_array_equal(found, expected)
   assert np.abs(gradients[0].weights).max() > 1e-4
@@ -76,7 +77,7 @@ def samples():
 
   def record(held_out):
     return pooled(
-      jax.device_get(sample_of(calls[0][0], models.ITERATIONS))
+      jax.device_get(sample_of(calls[0][0], Sinkhorn(models.ITERATIONS)))
       for calls in teacher.activations("", held_out=held_out)
     )
 
@@ -197,14 +198,14 @@ def test_samples_in_parts_continue_one_descent(samples):
 
 def test_minibatches_pass_over_all_sequences():
   whole, other = (
-    sample_of(dataclasses.replace(activation(False), bias=None), 2),
+    sample_of(dataclasses.replace(activation(False), bias=None), Sinkhorn(2)),
     sample_of(
       Activation(
         jax.random.normal(KEYS[0], (4, 3, 5, 4)),
         jax.random.normal(KEYS[1], (4, 3, 5, 4)),
         *[None] * 4,
       ),
-      2,
+      Sinkhorn(2),
     ),
   )
   pools = pooled([jax.device_get(s) for s in (whole, other, whole)])

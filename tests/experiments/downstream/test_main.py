@@ -131,7 +131,6 @@ def test_a_run_is_resumed_with_its_own_options(tmp_path, small, capsys, monkeypa
   ("options", "expected"),
   [
     (("--attention", "espp"), "did you mean 'esp'?"),
-    (("--attention", "one_sided"), "calibrated on a trained teacher"),
     (("--seeds", "a"), "--seeds: expected seeds as 0,1,2: 'a': expected"),
     (("--seeds", "-1"), "expected an integer from 0 to 4294967295"),
     (("--steps", "0"), "--steps: '0': expected an integer from 1 up"),

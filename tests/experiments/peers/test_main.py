@@ -19,7 +19,6 @@ from experiments.peers.display import displayed
   [
     ("sinkhron", r"name='sinkhron': expected one of .*did you mean 'sinkhorn'\?"),
     ("sinkhorn@0", r"name='sinkhorn@0': expected sinkhorn@k"),
-    ("one_sided", r"name='one_sided': its dual map is calibrated .*softmax, sinkhorn"),
   ],
 )
 def test_names_that_cannot_be_trained_are_refused(name, message, tmp_path, capsys):

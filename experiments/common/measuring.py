@@ -39,6 +39,7 @@ def _observed(graph: nnx.GraphDef, state: nnx.State, inputs: jax.Array):
   return {
     "row_error": metrics.row_error(plans).mean(),
     "column_error": metrics.column_error(plans).mean(),
+    "column_errors": metrics.column_error(plans).mean((1, 2, 3)),
     "attention_sink_share": metrics.attention_sink_share(plans).mean(),
     "rank_residual": metrics.rank_residual(jnp.stack(states)).mean(-1),
   }

@@ -10,7 +10,7 @@ from helpers.pages import ROOT
 from asap_jax.compiler.operators import Sinkhorn, Softmax, operator_of
 from asap_jax.compiler.sites import find_sinkhorn, held_at
 from experiments.common import replacements
-from experiments.frozen_layer.teachers import load_inputs, load_teacher
+from experiments.common.frozen_teachers import load_inputs, load_teacher
 
 TEACHERS = ROOT.parent / "shared" / "teachers"
 

@@ -1,0 +1,279 @@
+"""Values and gradients of Gaussian potentials against float64, and their errors."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import gaussian_references as references
+from helpers.gaussian_references import COVARIANCES, SIDES
+from helpers.oracles import WEIGHTS, M, N, on_device
+
+from asap_jax import gaussian_potential
+
+DIM = 3
+KEYS = jax.random.split(jax.random.key(0), 4)
+SKEW = jnp.array([[1.0, 0.4, 0.0], [0.0, 1.0, -0.7], [0.3, 0.0, 0.5]])
+QUERY = jax.random.normal(KEYS[0], (N, DIM)) @ SKEW + 0.5
+KEY = 1.5 * jax.random.normal(KEYS[1], (M, DIM)) @ SKEW.T - 0.2
+
+potential = jax.jit(gaussian_potential, static_argnames=("covariances", "rank", "side"))
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def all_potentials(query, key, *weights, rank=2):
+  """By covariances and side."""
+  return {
+    (covariances, side): gaussian_potential(
+      query, key, *weights, covariances=covariances, rank=rank, side=side
+    )
+    for covariances, side in itertools.product(COVARIANCES, SIDES)
+  }
+
+
+def assert_potentials(found, query, key, weights=(None, None), rank=2, rtol=2e-5):
+  """What `all_potentials` found is the reference, up to a constant."""
+  for (covariances, side), value in found.items():
+    expected = references.potential(query, key, weights, covariances, rank, side)
+    at = SIDES.index(side)
+    mass = references.masses(weights[at], len(expected))
+    np.testing.assert_array_equal(np.asarray(value)[mass == 0], 0.0)
+    np.testing.assert_allclose(
+      references.centred(value, mass),
+      expected,
+      atol=rtol * np.abs(expected).max() + 1e-12,
+      err_msg=f"{covariances} {side}",
+    )
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_values_are_those_of_the_formula(name):
+  weights = WEIGHTS[name]
+  found = all_potentials(QUERY, KEY, *on_device(weights))
+  assert_potentials(found, QUERY, KEY, weights)
+
+
+@pytest.mark.parametrize("dim", [1, 6, pytest.param(16, marks=pytest.mark.slow)])
+def test_values_from_blurred_to_sharp_logits(dim):
+  rng = np.random.default_rng(dim)
+  query, key = (
+    rng.normal(size=(size, dim)) @ rng.normal(size=(dim, dim)) + shift
+    for size, shift in ((12, 0.5), (17, -0.2))
+  )
+  for largest in (0.01, 3.0, 1e3):
+    scale = largest / np.abs(query @ key.T).max()
+    points = jnp.asarray(scale * query, jnp.float32), jnp.asarray(key, jnp.float32)
+    # Of the covariances' product float32 sees about a millionth.
+    rtol = 1e-5 if largest < 10 else 5e-4
+    assert_potentials(all_potentials(*points), *points, rtol=rtol)
+
+
+def test_the_formula_is_where_iterations_between_gaussians_end():
+  # Quadratic duals stay quadratic: V becomes U = (A^-1 + V)^-1 for g, and U so V.
+  a, b = (references.moments(points)[2] for points in (QUERY, KEY))
+  v = np.zeros((DIM, DIM))
+  for _ in range(300):
+    u = np.linalg.inv(np.linalg.inv(a) + v)
+    v = np.linalg.inv(np.linalg.inv(b) + u)
+  for side, matrix in (("query", v), ("key", u)):
+    own, other = (QUERY, KEY) if side == "query" else (KEY, QUERY)
+    expected = references.quadratic(own, None, other, None, matrix)
+    found = potential(QUERY, KEY, covariances="full", side=side)
+    found = references.centred(found, references.masses(None, len(own)))
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rank", [DIM, 7])
+def test_low_rank_of_all_directions_is_the_full_one(rank):
+  for side in SIDES:
+    low, full, diagonal = (
+      potential(QUERY, KEY, covariances=name, rank=rank, side=side)
+      for name in ("low_rank", "full", "diagonal")
+    )
+    np.testing.assert_allclose(low, full, atol=1e-4)
+    assert np.abs(full - diagonal).max() > 0.1
+
+
+def test_low_rank_is_exact_where_the_other_side_varies_along_few_directions():
+  rng = np.random.default_rng(0)
+  dim, n, m = 12, 40, 30
+  query = np.float32(rng.normal(size=(n, dim)) @ rng.normal(size=(dim, dim)) / 2 + 0.5)
+  key = np.float32(rng.normal(size=(m, 3)) @ rng.normal(size=(3, dim)) / 2 + 0.3)
+  query, key = jnp.asarray(query), jnp.asarray(key)
+  expected = references.potential(query, key)
+  size, mass = np.abs(expected).max(), references.masses(None, n)
+
+  def error(query, key, **options):
+    return np.abs(
+      references.centred(potential(query, key, **options), mass) - expected
+    ).max()
+
+  assert error(query, key) < 1e-4 * size
+  assert error(query, key, rank=3) < 1e-4 * size
+  assert error(key, query, rank=3, side="key") < 1e-4 * size
+  assert error(query, key, rank=1) > 0.01 * size
+  assert error(query, key, covariances="diagonal") > 0.01 * size
+
+
+def closed(logits, f, count):
+  """Plan of `count` iterations from f, in the scaling domain of float64."""
+  n, m = logits.shape
+  kernel, rows = np.exp(logits - logits.max()), np.exp(f - f.max())
+  for _ in range(count):
+    columns = (n / m) / (kernel.T @ rows)
+    rows = 1.0 / (kernel @ columns)
+  return rows[:, None] * kernel * columns
+
+
+def errors_after_one_closure(n, seed):
+  """From samples of two Gaussians, the start and others, to the converged plan."""
+  rng = np.random.default_rng(seed)
+  query, key = (
+    jnp.asarray(rng.normal(size=(n, DIM)) @ skew + shift, jnp.float32)
+    for skew, shift in ((np.float64(SKEW), 1.0), (1.5 * np.float64(SKEW.T), -0.5))
+  )
+  logits = np.float64(query) @ np.float64(key).T
+  # What half an iteration from zero gives, to the second order: V = B.
+  second = references.quadratic(query, None, key, None, lambda a, b: b)
+  starts = (potential(query, key, covariances="full"), second, np.zeros(n))
+  best = closed(logits, np.zeros(n), 80)
+  return [
+    np.abs(closed(logits, np.float64(start), 1) - best).sum(-1).mean() / 2
+    for start in starts
+  ]
+
+
+def test_one_closure_is_enough_for_samples_of_gaussians():
+  sizes = (32, 128, 512)
+  found = [np.mean([errors_after_one_closure(n, s) for s in (0, 1)], 0) for n in sizes]
+  # The moments of n points are known to one over the root of n.
+  for fewer, more in itertools.pairwise(found):
+    assert more[0] < 0.75 * fewer[0]
+  assert found[-1][0] < 0.02
+  for gaussian, second, zero in found:
+    assert gaussian < 0.4 * min(second, zero)
+
+
+SIZE, MORE = 8, 9
+SMALL = np.random.default_rng(1).normal(size=(SIZE, 4))
+OTHERS = np.random.default_rng(2).normal(size=(MORE, 4)) + 0.5
+AXES = np.concatenate([np.eye(4), -np.eye(4)])
+LINE = SMALL[:, :1] * [1.0, -2.0, 0.5, 1.0]
+ONES = np.ones((SIZE, 4))
+DEGENERATE = {
+  "repeated tokens": (SMALL[[0, 0, 0, 0, 1, 1, 1, 1]], SMALL[[2, 2, 3, 3, 3, 3, 2, 2]]),
+  "equal eigenvalues": (AXES, 2 * AXES),
+  "equal eigenvalues of one side": (AXES, SMALL),
+  "on a line": (LINE, 1 - 3 * LINE),
+  "on two lines": (LINE, SMALL[:, 1:2] * [1.0, 1.0, 0.0, 2.0]),
+  "at right angles": (SMALL * [1, 1, 0, 0], SMALL * [0, 0, 1, 1]),
+  "constant queries": (ONES, SMALL),
+  "constant keys": (SMALL, ONES),
+  "nothing varies": (ONES, 0 * ONES),
+  "sharp": (300 * SMALL, 3 * AXES),
+  "sharp on a line": (300 * LINE, SMALL),
+  "large and small": (1e8 * SMALL, 1e-8 * AXES),
+  "nearly nothing": (1e-12 * SMALL, 1e-12 * SMALL),
+}
+COUNTS = {
+  "fewer than dimensions": (3, 2),
+  "one query": (1, MORE),
+  "one key": (SIZE, 1),
+  "one of each": (1, 1),
+  "no query": (0, MORE),
+  "no key": (SIZE, 0),
+  "nothing": (0, 0),
+}
+# Points and masses of both sides.
+CASES = {
+  "all unlike": (
+    *(SMALL, OTHERS),
+    *(np.linspace(0.5, 2.0, size) * (np.arange(size) != 3) for size in (SIZE, MORE)),
+  ),
+  **{
+    name: (query, np.vstack([key, ONES[:1]]), np.ones(SIZE), np.arange(MORE) < SIZE)
+    for name, (query, key) in DEGENERATE.items()
+  },
+  **{
+    name: (SMALL, OTHERS, np.arange(SIZE) < n, np.arange(MORE) < m)
+    for name, (n, m) in COUNTS.items()
+  },
+}
+
+
+@jax.jit
+def values_and_slopes(arguments, cotangents):
+  """All potentials, and of each covariances the slopes of both sides together."""
+
+  def loss(arguments, covariances):
+    found = {
+      (covariances, side): gaussian_potential(
+        *arguments, covariances=covariances, rank=2, side=side
+      )
+      for side in SIDES
+    }
+    return sum(jnp.vdot(cotangents[s], value) for (_, s), value in found.items()), found
+
+  values, slopes = {}, {}
+  for covariances in COVARIANCES:
+    of = jax.grad(functools.partial(loss, covariances=covariances), has_aux=True)
+    slopes[covariances], found = of(arguments)
+    values |= found
+  return values, slopes
+
+
+def reference_slopes(arguments, cotangents, covariances):
+  """Central differences by queries, keys and masses, zero at absent points."""
+  present = [each > 0 for each in arguments[2:]]
+
+  def loss(arguments):
+    points, weights = arguments[:2], arguments[2:]
+    return sum(
+      cotangents[side] @ references.potential(*points, weights, covariances, 2, side)
+      for side in SIDES
+    )
+
+  for at, array in enumerate(arguments):
+    slope = np.zeros(array.shape)
+    step = 1e-5 * max(np.abs(array).max(), 1e-30)
+    for index in np.ndindex(array.shape):
+      if present[at % 2][index[0]]:
+        unit = np.zeros(array.shape)
+        unit[index] = step
+        ends = [
+          loss([*arguments[:at], array + sign * unit, *arguments[at + 1 :]])
+          for sign in (1, -1)
+        ]
+        slope[index] = (ends[0] - ends[1]) / (2 * step)
+    yield slope
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_right_whatever_the_points(name):
+  arguments = [np.asarray(each, np.float64) for each in CASES[name]]
+  cotangents = {}
+  for side, weights in zip(SIDES, arguments[2:], strict=True):
+    # The free constant must not count.
+    mass = references.masses(weights, len(weights))
+    random = np.cos(3.0 * np.arange(len(mass))) * (mass > 0)
+    cotangents[side] = random - mass * random.sum()
+  narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (arguments, cotangents))
+  values, slopes = values_and_slopes(*narrow)
+  sharp = "sharp" in name
+  rtol = 2e-3 if sharp else 2e-5
+  assert_potentials(values, *arguments[:2], arguments[2:], rtol=rtol)
+  for covariances, found in slopes.items():
+    assert all(jnp.isfinite(slope).all() for slope in found)
+    expected = reference_slopes(arguments, cotangents, covariances)
+    for at, (one, other) in enumerate(zip(found, expected, strict=True)):
+      print(
+        "GG",
+        name,
+        covariances,
+        at,
+        np.abs(one).max(),
+        np.abs(other).max(),
+        np.abs(one - other).max(),
+      )

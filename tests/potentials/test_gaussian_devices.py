@@ -1,0 +1,134 @@
+"""What Gaussian potentials are compiled to: products and sums, on every device."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.gaussian_references import COVARIANCES, SIDES
+
+from asap_jax import gaussian_potential
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Slow on accelerators, serial, or bound to a library of one device.
+FORBIDDEN = ("custom_call", "gather", "scatter", "sort", "while", "dynamic_slice")
+
+
+def shapes(dim=8):
+  def of(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  points = of(2, 4, 16, dim), of(2, 4, 24, dim)
+  return *points, of(2, 1, 16, dtype=bool), of(2, 1, 24)
+
+
+def operations(function, *arguments):
+  """Names of the StableHLO operations of a function, as lowered for all platforms."""
+  exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+  return set(re.findall(r"(?:stablehlo|chlo)\.(\w+)", exported.mlir_module()))
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("covariances", COVARIANCES)
+def test_nothing_but_products_and_sums(covariances, side):
+  def value_and_slopes(query, key, *weights):
+    def loss(query, key):
+      found = gaussian_potential(
+        query, key, *weights, covariances=covariances, side=side
+      )
+      return jnp.sum(jnp.sin(found)), found
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(query, key)
+
+  found = operations(value_and_slopes, *shapes())
+  assert {"dot_general", "reduce", "sine"} <= found
+  assert not [name for name in found if any(word in name for word in FORBIDDEN)]
+
+
+def test_what_is_forbidden_would_be_seen():
+  points = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+  for word, function in {
+    "custom_call": jnp.linalg.eigh,
+    "gather": lambda x: x[jnp.argmax(x, -1)],
+    "sort": jnp.sort,
+    "while": lambda x: jax.lax.while_loop(lambda y: y.sum() < 1, jnp.exp, x),
+  }.items():
+    exported = jax.export.export(jax.jit(function), platforms=["cpu"])(points)
+    assert re.search(rf"stablehlo\.\w*{word}", exported.mlir_module())
+
+
+SHARDED = """
+  import functools
+  import re
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.sharding import NamedSharding, PartitionSpec as P
+  from asap_jax import gaussian_potential
+
+  COLLECTIVES = (
+    "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"
+  )
+  mesh = jax.make_mesh((2, 2), ("batch", "heads"))
+  by_head = NamedSharding(mesh, P("batch", "heads"))
+  by_row = NamedSharding(mesh, P("batch"))
+  keys = jax.random.split(jax.random.key(0), 2)
+  query = 2.0 * jax.random.normal(keys[0], (4, 2, 8, 6)) + 0.5
+  key = jax.random.normal(keys[1], (4, 2, 12, 6))
+  masks = jnp.arange(8) < jnp.array([8, 5, 7, 3])[:, None, None], jnp.ones((4, 1, 12))
+  arguments = query, key, *masks
+
+  for covariances in ("diagonal", "low_rank", "full"):
+    for side in ("query", "key"):
+      options = {"covariances": covariances, "side": side}
+
+      def value_and_slopes(query, key, *weights):
+        def loss(query, key):
+          found = gaussian_potential(query, key, *weights, **options)
+          return found, found
+
+        found, pull, _ = jax.vjp(loss, query, key, has_aux=True)
+        return found, pull(jnp.cos(found))
+
+      compiled = jax.jit(
+        value_and_slopes,
+        in_shardings=(by_head, by_head, by_row, by_row),
+        out_shardings=(by_head, (by_head, by_head)),
+      ).lower(*arguments).compile()
+      text = compiled.as_text()
+      assert "f32[2,1," in text, "not partitioned"
+      found = [name for name in COLLECTIVES if name in text]
+      assert not found, (covariances, side, found)
+      placed = [
+        jax.device_put(x, s) for x, s in zip(arguments, (by_head,) * 2 + (by_row,) * 2)
+      ]
+      actual, expected = compiled(*placed), jax.jit(value_and_slopes)(*arguments)
+      for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        assert len(one.sharding.device_set) == 4
+        size = float(jnp.abs(other).max())
+        np.testing.assert_allclose(one, other, atol=1e-3 * size)
+
+  # A sum over the batch would be seen.
+  summed = jax.jit(lambda x: x.sum(0), in_shardings=by_head)
+  text = summed.lower(query).compile().as_text()
+  assert any(name in text for name in COLLECTIVES)
+  print("sharded")
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_batch_and_heads_need_no_communication():
+  flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+  run = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SHARDED)],
+    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )
+  assert run.returncode == 0, run.stderr
+  assert run.stdout.split() == ["sharded"]
