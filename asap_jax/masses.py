@@ -7,12 +7,16 @@ Functions of this package take masses `[..., n]` per side, one of
 - float: non-negative masses up to a factor; zero means that the point is absent.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from asap_jax.numerics import float_dtype
 
 Masses = Float[Array, "..."] | Bool[Array, "..."] | None
+# Of a plan: rows are queries, columns keys.
+Side = Literal["query", "key"]
 
 
 def check_weights(name: str, weights: Masses, size: int) -> None:

@@ -77,10 +77,9 @@ def flax(function, query):
   return jnp.swapaxes(function(*tokens), 0, 1)
 
 
-def sinkhorn(name):
-  bound = functools.partial(
-    asap_jax.sinkhorn_attention, iterations=COUNT, implementation=name
-  )
+def sinkhorn(name, **options):
+  options = {"iterations": COUNT, "implementation": name} | options
+  bound = functools.partial(asap_jax.sinkhorn_attention, **options)
   return functools.partial(flax, bound)
 
 
@@ -89,7 +88,19 @@ def predicted(query):
   return asap_jax.predict_dual(DUAL_MAP, *tokens)[..., None] * jnp.ones(DIM)
 
 
+def gaussian(covariances, query):
+  """Of both sides."""
+  options = {"covariances": covariances, "rank": 2}
+  f = asap_jax.gaussian_potential(query, KEY, **options)
+  g = asap_jax.gaussian_potential(query, KEY, side="key", **options)
+  return (f + g.mean(-1, keepdims=True))[..., None] * jnp.ones(DIM)
+
+
 FORMS = {
+  **{
+    f"gaussian {covariances}": functools.partial(gaussian, covariances)
+    for covariances in ("diagonal", "low_rank", "full")
+  },
   "source dual": source_dual,
   **{
     f"{name}{of_start}": functools.partial(function, start)
@@ -109,6 +120,8 @@ FORMS = {
   "sinkhorn ott": sinkhorn("ott"),
   "sinkhorn xla": sinkhorn("xla"),
   "sinkhorn chunked": sinkhorn("chunked"),
+  "sinkhorn ott from gaussian": sinkhorn("ott", start="gaussian_full", iterations=1),
+  "sinkhorn xla half from gaussian": sinkhorn("xla", start="gaussian", iterations=0),
   **{
     name: functools.partial(
       flax, functools.partial(asap_jax.asap_attention, dual_map=dual_map)
@@ -131,7 +144,7 @@ FORMS = {
 }
 
 # Forms with custom rules of their own, which a loop would lose; the rest is slow.
-LOOPED = ("scaling domain", "sinkhorn ott", "asap")
+LOOPED = ("scaling domain", "sinkhorn ott", "asap", "gaussian low_rank")
 QUICK = ("closures", "chunked", *LOOPED)
 slow = pytest.mark.slow
 
@@ -179,6 +192,8 @@ def test_against_differences_of_first_derivatives(name, loop, monkeypatch):
   [
     "scaling domain",
     "scaling domain from keys",
+    pytest.param("gaussian low_rank", marks=slow),
+    "gaussian full",
     pytest.param("xla from keys", marks=slow),
     pytest.param("xla short from keys", marks=slow),
     pytest.param("chunked from keys", marks=slow),

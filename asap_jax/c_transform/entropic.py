@@ -7,7 +7,7 @@ A = n_valid P. With float weights a and b, rows sum to n_valid a_i and columns t
 n_valid b_j.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from asap_jax.masses import (
   Masses,
+  Side,
   check_weights,
   normalised,
   valid,
@@ -26,9 +27,6 @@ from asap_jax.numerics import float_dtype
 # Log 0 everywhere in this package: finite, so that gradients of masked entries are zero
 # and not NaN.
 LOG_ZERO = -1e30
-
-# Of a dual.
-Side = Literal["query", "key"]
 
 
 class Duals(NamedTuple):
@@ -54,7 +52,7 @@ def c_transform(
   query_weights: Masses = None,
   key_weights: Masses = None,
   *,
-  to: Literal["query", "key"],
+  to: Side,
 ) -> Float[Array, "..."]:
   r"""The entropic c-transform of one side's dual: the dual of the other side.
 

@@ -23,7 +23,6 @@ from jaxtyping import Array, Float
 from asap_jax.c_transform.entropic import (
   LOG_ZERO,
   Duals,
-  Side,
   advance,
   by_closure,
   check_closures,
@@ -33,7 +32,7 @@ from asap_jax.c_transform.entropic import (
   plan,
   row_sums,
 )
-from asap_jax.masses import Masses, valid_pairs, zero_invalid
+from asap_jax.masses import Masses, Side, valid_pairs, zero_invalid
 from asap_jax.numerics import exact_einsum, float_dtype
 
 # Entries of the kernel below the smallest normal number are lost; together they may be

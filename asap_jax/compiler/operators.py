@@ -100,8 +100,8 @@ class Sinkhorn:
     Closing it gives back the plan of all iterations: the target of calibration.
     """
     start = starting_dual(self.start, seen.query, seen.key, *seen.masks)
-    options = {"init": start, "relaxation": self.relaxation}
-    return sinkhorn_source_dual(seen.logits, self.iterations, *seen.masks, **options)
+    arguments = seen.logits, self.iterations, *seen.masks, start
+    return sinkhorn_source_dual(*arguments, relaxation=self.relaxation)
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +126,7 @@ class Asap:
     """See `Operator`."""
     return functools.partial(asap_attention, dual_map=self.dual_map)
 
-  def duals(self, seen: Activation) -> tuple[Duals, Array]:
+  def duals(self, seen: Activation) -> tuple[Duals, Array | None]:
     """See `Operator`."""
     dual_map, masks = self.dual_map, seen.masks
     predicted = predict_dual(dual_map, seen.query, seen.key, *masks)

@@ -81,7 +81,8 @@ def find_sinkhorn(model: nnx.Module) -> list[Site]:
       bound = bound_arguments(held, sinkhorn_attention)
       if bound is None:
         continue
-      teacher, where = sinkhorn_of(bound), tuple(path)
+      teacher = sinkhorn_of(bound)
+      where: tuple[Any, ...] = tuple(path)
       # Without an iteration there is nothing to save.
       if teacher.iterations > 0:
         sites.append(Site(where, attribute, held, teacher, bound))

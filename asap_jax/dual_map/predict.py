@@ -7,7 +7,7 @@ $\hat f_i = \sum_p w_p \, \mathrm{feature}_p(i)$ (`features`; Tran, Milkert and 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from asap_jax.dual_map.features import (
   features_of,
 )
 from asap_jax.dual_map.network import Leaf, Network, apply_network
-from asap_jax.masses import Masses, centre
+from asap_jax.masses import Masses, Side, centre
 
 
 class Steps(TypedDict):
@@ -28,7 +28,7 @@ class Steps(TypedDict):
 
   relaxation: Leaf
   momentum: Leaf
-  side: Literal["query", "key"]
+  side: Side
 
 
 @jax.tree_util.register_dataclass
@@ -65,9 +65,7 @@ class DualMap:
   network: Network | Leaf = None
   relaxation: Leaf = None
   momentum: Leaf = None
-  side: Literal["query", "key"] = dataclasses.field(
-    default="query", metadata={"static": True}
-  )
+  side: Side = dataclasses.field(default="query", metadata={"static": True})
   half: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property

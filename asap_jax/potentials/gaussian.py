@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 
 from asap_jax.masses import (
   Masses,
+  Side,
   check_weights,
   normalised,
   zero_invalid,
@@ -36,7 +37,6 @@ from asap_jax.masses import (
 from asap_jax.numerics import exact_einsum, float_dtype
 
 Covariances = Literal["diagonal", "low_rank", "full"]
-Side = Literal["query", "key"]
 RANK = 4
 
 # Share of its trace by which a product of covariances is made positive: float32 rounds
@@ -46,7 +46,7 @@ _FLOOR = 1e-6
 _ROOT_STEPS = 10
 _INVERSE_STEPS = 3
 # Share of a squared norm below which a direction is one of those before it, rounded.
-_DEPENDENT = 1e-9
+_DEPENDENT = 1e-10
 
 
 def gaussian_potential(
@@ -164,11 +164,14 @@ def _low_rank(clouds: Clouds, rank: int) -> tuple[Array, Array]:
   """
   diagonal = _diagonal(clouds)
   x, y, mean_x, mean_y, x_weights, y_weights = clouds
-  # The range of B A applied to fixed directions: where the logits vary most.
-  fixed = jnp.asarray(_fixed_directions(x.shape[-1], rank), x.dtype)
-  moved = _times_covariance(fixed, x, mean_x, x_weights)
-  moved = _times_covariance(moved, y, mean_y, y_weights)
-  basis, inverse = _basis(moved)
+  dim = x.shape[-1]
+  basis = inverse = jnp.eye(dim, dtype=x.dtype)
+  if rank < dim:
+    # The range of B A applied to fixed directions: where the logits vary most.
+    moved = jnp.asarray(_fixed_directions(dim, rank), x.dtype)
+    moved = _times_covariance(moved, x, mean_x, x_weights)
+    moved = _times_covariance(moved, y, mean_y, y_weights)
+    basis, inverse = _basis(moved)
   along_x = _along(basis, x, mean_x)
   of_x = _product(inverse, _covariance(along_x, x_weights))
   of_y = _product(inverse, _covariance(_along(basis, y, mean_y), y_weights))
@@ -364,7 +367,7 @@ def _row_sums(values: Float[Array, "*batch n dim"]) -> Float[Array, "*batch n"]:
 
 def _fixed_directions(dim: int, rank: int) -> np.ndarray:
   """The first cosines of `dim` points, `[rank, dim]`: orthogonal, and none sparse."""
-  angles = np.pi * np.arange(min(rank, dim))[:, None] * (np.arange(dim) + 0.5) / dim
+  angles = np.pi * np.arange(rank)[:, None] * (np.arange(dim) + 0.5) / dim
   return np.cos(angles)
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.masses import Masses
+from asap_jax.masses import Masses, Side
 from asap_jax.numerics import float_dtype
-from asap_jax.potentials.gaussian import Side, gaussian_potential
+from asap_jax.potentials.gaussian import gaussian_potential
 
 Start = Literal[
   "zero", "gaussian", "gaussian_diagonal", "gaussian_low_rank", "gaussian_full"

@@ -82,7 +82,7 @@ def cut_sinkhorn(teacher: nnx.Module, iterations: int) -> nnx.Module:
   They start where the teacher's do, and run in the scaling domain, their fastest form:
   the one to beat.
   """
-  cut = {"iterations": iterations, "implementation": "xla"}
+  cut: dict[str, Any] = {"iterations": iterations, "implementation": "xla"}
   return _swap(teacher, lambda own: dataclasses.replace(own, **cut))
 
 

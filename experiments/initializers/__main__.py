@@ -18,7 +18,7 @@ from experiments.common.results import (
 )
 from experiments.common.timing import Laps
 from experiments.initializers.clouds import FAMILIES, MOST_POINTS, Clouds, Family
-from experiments.initializers.solving import TOLERANCE, solved
+from experiments.initializers.solving import solved
 from experiments.initializers.starts import BATCH, learned_starts, plain_starts
 
 
@@ -31,20 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--tests", type=whole(1), default=16, help="fresh problems")
   add("--fitted", type=whole(2 * BATCH), default=160, help="problems to learn from")
   add("--steps", type=whole(0), default=200, help="0 for no learned maps")
+  add("--tolerances", type=float, nargs="+", default=[1e-3, 1e-5], help="of a marginal")
   args = parser.parse_args(arguments)
   laps, rows = Laps(), []
   for name in args.families:
     for epsilon in FAMILIES[name].epsilons:
       found = measure(FAMILIES[name], epsilon, args)
-      print_rows(displayed(found), f"{name}, epsilon {epsilon:g}")
+      for tolerance in args.tolerances:
+        shown = [row for row in found if row["tolerance"] == tolerance]
+        title = f"{name}, epsilon {epsilon:g}, to {tolerance:g}"
+        print_rows(displayed(shown), title)
       rows += [{**row, "family": name} for row in found]
-  config = {**options_of(args), "tolerance": TOLERANCE}
-  path = write_results(args.out, "initializers", config, rows, laps.seconds)
+  path = write_results(args.out, "initializers", options_of(args), rows, laps.seconds)
   print_end(laps.seconds, path)
 
 
 def measure(family: Family, epsilon: float, args: argparse.Namespace) -> list[dict]:
-  """A row per start: iterations and time on fresh problems.
+  """A row per start and tolerance: iterations and time on fresh problems.
 
   `of_default` is the mean over problems of the ratio to the iterations from zero.
   """
@@ -56,12 +59,14 @@ def measure(family: Family, epsilon: float, args: argparse.Namespace) -> list[di
     starts |= learned_starts(
       fitted, family.cost, epsilon * scale, args.steps, args.seed
     )
-  rows, reference = [], None
-  for name, start in starts.items():
-    each, row = solved(tested, start, epsilon * scale, family.cost)
-    reference = each if reference is None else reference
-    row["of_default"] = float(np.mean(each / reference))
-    rows.append({"method": name, "epsilon": epsilon, **row})
+  rows = []
+  for tolerance in args.tolerances:
+    reference = None
+    for name, start in starts.items():
+      each, row = solved(tested, start, epsilon * scale, family.cost, tolerance)
+      reference = each if reference is None else reference
+      row["of_default"] = float(np.mean(each / reference))
+      rows.append({"method": name, "epsilon": epsilon, "tolerance": tolerance, **row})
   return rows
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ott.geometry import costs
 from ott.initializers.linear import initializers
 
-from asap_jax import DualMap, SlicedDualInitializer
+from asap_jax import DualMap, GaussianDualInitializer, SlicedDualInitializer
 from asap_jax.attention.inputs import Activation
 from asap_jax.dual_map.features import KINDS
 from asap_jax.potentials.directions import orthogonal
@@ -36,12 +36,17 @@ class GaussianInitializer(initializers.GaussianInitializer):
 
 
 def plain_starts(dim: int, seed: int) -> dict[str, Any]:
-  """OTT-JAX's starts, and sliced ones that need no fit; all as many random slices."""
+  """OTT-JAX's starts, and Gaussian and sliced ones that need no fit.
+
+  Those of random slices have equally many.
+  """
   blocks = max(SLICES // dim, 1) * dim
   random = orthogonal(jax.random.key(seed), 1, blocks, dim)[0]
   return {
     "default": initializers.DefaultInitializer(),
     "gaussian": GaussianInitializer(),
+    "gaussian, entropic": GaussianDualInitializer(),
+    "gaussian, entropic, low rank": GaussianDualInitializer("low_rank"),
     "sorting": initializers.SortingInitializer(),
     "sliced, random": SlicedDualInitializer(slices=random),
     "sliced, principal": SlicedDualInitializer(slices="principal"),

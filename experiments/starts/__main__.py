@@ -24,6 +24,7 @@ from experiments.common.train import train_encoders
 from experiments.starts import cost, reach, replaced, trained
 
 PARTS = ("replaced", "cost", "reach", "trained")
+_FIGURES = {"replaced": replaced.draw, "reach": reach.draw}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     laps.end(part)
     # After every part: a later one that fails takes no earlier row with it.
     path = write_results(args.out, "starts", options_of(args), rows, laps.seconds)
-    if part == "reach":
-      files.append(args.out / "reach.png")
-      reach.draw(found, files[-1])
+    if part in _FIGURES:
+      files.append(args.out / f"{part}.png")
+      _FIGURES[part](found, files[-1])
   print_end(laps.seconds, path, *files)
 
 

@@ -36,7 +36,8 @@ def _measure(shape, padded, repeats, seed):
   inputs = tuple(drawn)
   query, key = (jnp.moveaxis(x, -2, -3) for x in inputs[:2])
   query = query * dim**-0.5
-  mask, weights = None, (None, None)
+  mask: jax.Array | None = None
+  weights: tuple[jax.Array | None, ...] = (None, None)
   if padded:
     lengths = jnp.linspace(length // 4, length, batch).astype(int)
     valid = jnp.arange(length) < lengths[:, None]

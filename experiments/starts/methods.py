@@ -21,7 +21,7 @@ def operators() -> dict[str, Operator]:
   starts = {
     f"{name}@{k}": Sinkhorn(k, start=start)
     for name, start in _SHORT.items()
-    for k in (1, 2, 3)
+    for k in (1, 2, 3, 5, 10)
   }
   relaxed = Sinkhorn(3, start="gaussian_low_rank", relaxation=1.5)
   return {"softmax_swap": Softmax(), **zero, **starts, OVER_RELAXED: relaxed}

@@ -14,8 +14,8 @@ import asap_jax
 from asap_jax import metrics
 from asap_jax.c_transform import closure, plan
 from asap_jax.compiler.sites import find_sinkhorn, recorder
-from asap_jax.plotting import plot_scaling
-from asap_jax.teacher.starts import starting_dual
+from asap_jax.plotting import plot_scaling, subplots
+from asap_jax.teacher.starts import Start, starting_dual
 from experiments.common.replacements import call_model
 from experiments.common.timing import time_interleaved
 from experiments.starts.methods import ITERATIONS, STARTS
@@ -45,7 +45,7 @@ def measure(
   return [
     row
     for length in lengths
-    for row in _measure(*(joined(x, length) for x in (seen.query, seen.key)), repeats)
+    for row in _measure(joined(seen.query, length), joined(seen.key, length), repeats)
   ]
 
 
@@ -64,14 +64,14 @@ def joined(points: jax.Array, length: int) -> jax.Array:
 def _measure(query, key, repeats):
   batch, _, length, _ = query.shape
   errors = {start: _errors(query, key, start) for start in STARTS}
-  counts: dict[tuple[str, float | None], int | None] = {
+  counts: dict[tuple[Start, float | None], int | None] = {
     (start, wanted): _least(errors[start], wanted)
     for start in STARTS
     for wanted in ERRORS
   }
   counts["zero", None] = ITERATIONS
   tokens = jax.block_until_ready([jnp.moveaxis(x, 1, 2) for x in (query, key, key)])
-  runs = {
+  runs: dict[tuple[str, int], Any] = {
     (start, count): _compiled(start, count, tokens)
     for (start, _), count in counts.items()
     if count is not None
@@ -92,10 +92,10 @@ def _measure(query, key, repeats):
     for (start, wanted), count in counts.items()
   ]
   taken = times["softmax", 0].median
-  return [*rows, {**common, "method": "softmax", "milliseconds": taken}]
+  return [*rows, {**common, "method": "softmax", "wanted": None, "milliseconds": taken}]
 
 
-def _errors(query: jax.Array, key: jax.Array, start: str) -> list[float]:
+def _errors(query: jax.Array, key: jax.Array, start: Start) -> list[float]:
   """Column errors after 1, 2, ... iterations, up to the last that is wanted.
 
   Of the first sequence, which stands for all.
@@ -162,13 +162,14 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   for row in rows:
     if row["milliseconds"] is None:
       continue
-    if row["method"] == "softmax" or row.get("wanted") == ERRORS[-1]:
+    if row["method"] == "softmax" or row["wanted"] == ERRORS[-1]:
       name = row["method"], ""
-    elif row.get("wanted") is None:
+    elif row["wanted"] is None:
       name = "zero", f"T = {ITERATIONS}"
     else:
       continue
     series.setdefault(name, []).append((row["length"], row["milliseconds"]))
   title = f"ms to a column error of {ERRORS[-1]:g}, {TOKENS:,} tokens in all"
-  axes = plot_scaling(series, title=title)
+  axes = subplots(width=7.0, height=4.6)[0, 0]
+  plot_scaling(series, axes, title=title)
   axes.figure.savefig(path, dpi=150)

@@ -1,15 +1,17 @@
 """Iterations from each start in the place of a trained teacher's attention."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 
 from asap_jax.compiler.operators import Sinkhorn
+from asap_jax.plotting import series_style, subplots
 from experiments.common import replacements
 from experiments.common.digits import Split, batches_of
 from experiments.common.train import accuracy
-from experiments.starts.methods import CONVERGED, operators
+from experiments.starts.methods import CONVERGED, ITERATIONS, operators
 
 BATCH = 64
 
@@ -59,3 +61,27 @@ def displayed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   """Rows as they are printed."""
   hidden = ("part", "n_test", "n_compared")
   return [{k: v for k, v in row.items() if k not in hidden} for row in rows]
+
+
+def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+  """TV to converged plans and column error against iterations, a line a start."""
+  ((left, right),) = subplots(1, 2, width=4.6, height=3.6)
+  families: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+  for row in rows:
+    family, at, count = row["method"].partition("@")
+    if at and count.isdecimal() and int(count) <= ITERATIONS:
+      families.setdefault(family, []).append((int(count), row))
+  for index, (family, points) in enumerate(families.items()):
+    label = "zero" if family == "sinkhorn" else family
+    counts = [count for count, _ in points]
+    for axes, name in ((left, "tv_converged"), (right, "column_error")):
+      values = [row[name] for _, row in points]
+      axes.plot(counts, values, label=label, **series_style(index))
+  for axes, name in ((left, "TV to the converged plan"), (right, "column error")):
+    axes.set(xscale="log", yscale="log", xlabel="iterations", ylabel=name)
+    ticks = [1, 2, 3, 5, 10, ITERATIONS]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.minorticks_off()
+    axes.grid(alpha=0.3)
+  left.legend(fontsize="small", title="start")
+  left.figure.savefig(path, dpi=150)

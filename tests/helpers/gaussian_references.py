@@ -11,6 +11,13 @@ COVARIANCES = ("diagonal", "low_rank", "full")
 SIDES = ("query", "key")
 
 
+def masses(weights, size):
+  """Masses that sum to one, or to zero where there is no point."""
+  if weights is not None and not np.any(np.asarray(weights) > 0):
+    return np.zeros(size)
+  return np.array(oracles.masses(weights, size), np.float64)
+
+
 def moments(points, weights=None):
   """Masses, mean and covariance; absent points may hold anything."""
   mass = masses(weights, len(points))
@@ -18,13 +25,6 @@ def moments(points, weights=None):
   mean = mass @ points
   x = (points - mean) * (mass[:, None] > 0)
   return mass, mean, (x * mass[:, None]).T @ x
-
-
-def masses(weights, size):
-  """Masses that sum to one, or to zero where there is no point."""
-  if weights is not None and not np.any(np.asarray(weights) > 0):
-    return np.zeros(size)
-  return np.array(oracles.masses(weights, size), np.float64)
 
 
 def full(a, b):
@@ -41,18 +41,15 @@ def diagonal(a, b):
 
 
 def low_rank(a, b, rank):
-  """V in the range of B A applied to cosines, and of each coordinate in the rest."""
+  """The diagonal V, but exact in the range of B A applied to cosines."""
   dim = len(a)
   angles = np.outer(np.arange(dim) + 0.5, np.arange(min(rank, dim)))
   u, sizes, _ = np.linalg.svd(b @ a @ np.cos(np.pi * angles / dim), full_matrices=False)
   basis = u[:, sizes > 1e-9 * max(sizes.max(), 1e-300)]
-  rest = np.eye(dim) - basis @ basis.T
   inside = full(*(basis.T @ each @ basis for each in (a, b)))
-  if True:
-    d = diagonal(a, b)
-    return d + basis @ (inside - basis.T @ d @ basis) @ basis.T
-  outside = diagonal(*(rest @ each @ rest for each in (a, b)))
-  return basis @ inside @ basis.T + rest @ outside @ rest
+  by_coordinate = diagonal(a, b)
+  correction = inside - basis.T @ by_coordinate @ basis
+  return by_coordinate + basis @ correction @ basis.T
 
 
 def quadratic(points, weights, others, other_weights, coefficients):

@@ -11,7 +11,7 @@ pass computes each chunk anew, so that it too holds one chunk at a time (Chen et
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,13 @@ from jaxtyping import Array, Float
 from asap_jax.attention.implementations.blocks import block_size
 from asap_jax.c_transform.entropic import (
   LOG_ZERO,
-  Side,
   advance,
   by_closure,
   check_closures,
   column_sums,
   row_sums,
 )
-from asap_jax.masses import Masses, check_weights, zero_invalid
+from asap_jax.masses import Masses, Side, check_weights, zero_invalid
 from asap_jax.numerics import float_dtype
 
 # Scores computed at a time: on a CPU they stay in its cache; elsewhere 64 MiB of
@@ -148,7 +147,12 @@ def _attend(
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
   least = max(n, m) * min(max(n, m), _LEAST_CHUNK)
   if batch and math.prod(batch) * least > budget:
-    options = {"count": count, "side": side, "precision": precision, "budget": budget}
+    options: dict[str, Any] = {
+      "count": count,
+      "side": side,
+      "precision": precision,
+      "budget": budget,
+    }
     attend = functools.partial(_attend, **options)
     return _by_groups(attend, problem, budget // (math.prod(batch[1:]) * least))
   product = functools.partial(jnp.einsum, precision=precision)

@@ -21,14 +21,13 @@ from asap_jax.attention.implementations.cudnn_sums import (
   values,
 )
 from asap_jax.c_transform.entropic import (
-  Side,
   advance,
   by_closure,
   check_closures,
   column_sums,
   row_sums,
 )
-from asap_jax.masses import Masses, check_weights, zero_invalid
+from asap_jax.masses import Masses, Side, check_weights, zero_invalid
 from asap_jax.numerics import float_dtype
 
 
@@ -231,7 +230,8 @@ def _forward(
   f, exact = dual, jnp.ones((), bool)
   if static.side == "key":
     g = dual
-    f, exact = (None, exact) if static.count == 0 else to_queries(g)
+    if static.count > 0:
+      f, exact = to_queries(g)
   if static.count > 1:
     factors = by_closure(relaxation, momentum, jnp.dtype(jnp.float32))
     carry, _ = jax.lax.scan(step, (f, f, exact), factors, length=static.count - 1)

@@ -8,6 +8,7 @@ scaling domain (`asap_jax.c_transform`). On other devices all of it is one block
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from jaxtyping import Array, Float
 
 from asap_jax.attention.implementations import xla_short
 from asap_jax.attention.implementations.blocks import by_blocks
-from asap_jax.c_transform.entropic import Side, check_closures
+from asap_jax.c_transform.entropic import check_closures
 from asap_jax.c_transform.scaling_domain import scaled_plan
-from asap_jax.masses import Masses
+from asap_jax.masses import Masses, Side
 
 # Pairs of tokens in a block on a CPU: 4 MiB of float32.
 _BLOCK = 2**20
@@ -88,10 +89,13 @@ def scaled_attention(
 def _short(count, side, precision, query, key, value, dual, *rest):
   *weights, relaxation, momentum, bias = rest
   logits = _logits(query, key, bias, precision)
-  steps = {"relaxation": relaxation, "momentum": momentum, "side": side}
-  return xla_short.closed_values(
-    logits, dual, value, count, *weights, precision, **steps
-  )
+  steps: dict[str, Any] = {
+    "relaxation": relaxation,
+    "momentum": momentum,
+    "side": side,
+    "precision": precision,
+  }
+  return xla_short.closed_values(logits, dual, value, count, *weights, **steps)
 
 
 def _scaling_domain(count, side, precision, query, key, value, dual, *rest):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.attention.inputs import Activation
-from asap_jax.c_transform.entropic import LOG_ZERO, Side, advance, row_sums
+from asap_jax.c_transform.entropic import LOG_ZERO, advance, row_sums
 from asap_jax.dual_map.predict import DualMap, linear_dual
-from asap_jax.masses import Masses, normalised, valid, zero_invalid
+from asap_jax.masses import Masses, Side, normalised, valid, zero_invalid
 from asap_jax.numerics import float_dtype
 
 # Pairs of a head, and closures, up to which XLA makes one loop over the heads.
@@ -113,7 +113,8 @@ def closed_values(
 
   f = before = zero_invalid(dual, query_weights if side == "query" else key_weights)
   if side == "key":
-    g = f if key_weights is None else f + LOG_ZERO * ~valid(key_weights)
+    present_keys = valid(key_weights)
+    g = f if present_keys is None else f + LOG_ZERO * ~present_keys
     scores = logits + g[..., None, :]
     if count > 0:
       f = before = to_queries(scores)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.common import measuring
 from experiments.common.digits import Split
 from experiments.common.models import Encoder, EncoderConfig
-from experiments.common import measuring
 
 TINY = EncoderConfig(length=6, token_size=1, classes=3, width=8, heads=2, layers=2)
 

@@ -8,8 +8,8 @@ import pytest
 
 from asap_jax.compiler import measuring
 from experiments.common import replacements
-from experiments.frozen_layer import __main__ as frozen_layer
 from experiments.common.frozen_teachers import load_inputs, load_teacher
+from experiments.frozen_layer import __main__ as frozen_layer
 
 METHODS = ["sinkhorn", *(f"sinkhorn@{k}" for k in frozen_layer.CUTS)]
 

@@ -22,7 +22,7 @@ def test_ott_gaussian_start_serves_both_costs():
   np.testing.assert_allclose(product, expected, rtol=1e-4, atol=1e-4)
   # The two problems have the same plan, so that a start is worth the same in both.
   counts = [
-    iterated(clouds, f, epsilon, cost).iterations
+    iterated(clouds, f, epsilon, cost, 1e-3).iterations
     for f, epsilon, cost in ((product, 1.0, "product"), (squared, 2.0, "squared"))
   ]
   np.testing.assert_array_equal(*counts)
