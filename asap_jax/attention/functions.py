@@ -15,7 +15,7 @@ from asap_jax.attention.implementations.dispatch import ClosedPlan, Implementati
 from asap_jax.attention.implementations.softmax import SoftmaxPlan
 from asap_jax.attention.inputs import Inputs
 from asap_jax.attention.signature import attention_fn
-from asap_jax.c_transform.entropic import plan
+from asap_jax.c_transform.entropic import check_closures, plan
 from asap_jax.dual_map.predict import DualMap, Steps, predict_dual
 from asap_jax.teacher.sinkhorn import sinkhorn_duals
 from asap_jax.teacher.starts import Start, check_start, starting_dual
@@ -173,7 +173,7 @@ def asap_attention(
 
   Raises:
     ValueError: as `asap_jax.attention.AttentionFn`, and if `dual_map` does not fit the
-      heads.
+      heads or has half a closure alone from the query side.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -183,6 +183,7 @@ def asap_attention(
     (2, 6, 4, 8)
   """
   check_heads(dual_map, inputs)
+  check_closures(dual_map.closures, **dual_map.steps)
   dual = predict_dual(dual_map, inputs.query, inputs.key, *inputs.masks)
   closed = ClosedPlan(
     inputs, dual, dual_map.closures, dual_map.steps, implementation, dual_map

@@ -154,15 +154,15 @@ def low_rank_form(clouds: Clouds, rank: int = RANK) -> Float[Array, "*batch n"]:
 
 
 def _low_rank(clouds: Clouds, rank: int) -> tuple[Array, Array]:
-  """V is the diagonal one, D, corrected on the directions that count most.
+  """V is a diagonal one, D, corrected on the directions that count most.
 
   With an orthonormal basis Q of them, V = D + Q (V_Q - Q^T D Q) Q^T: on Q it is V_Q, of
-  the covariances there.
+  the covariances there. D sees of y what is left without Q, and V is exact where that
+  is nothing.
 
   Returns:
     D, `[..., 1, dim]`, and the correction's share of the square form, `[..., n]`.
   """
-  diagonal = _diagonal(clouds)
   x, y, mean_x, mean_y, x_weights, y_weights = clouds
   dim = x.shape[-1]
   basis = inverse = jnp.eye(dim, dtype=x.dtype)
@@ -172,9 +172,14 @@ def _low_rank(clouds: Clouds, rank: int) -> tuple[Array, Array]:
     moved = _times_covariance(moved, x, mean_x, x_weights)
     moved = _times_covariance(moved, y, mean_y, y_weights)
     basis, inverse = _basis(moved)
-  along_x = _along(basis, x, mean_x)
+  along_x, along_y = _along(basis, x, mean_x), _along(basis, y, mean_y)
   of_x = _product(inverse, _covariance(along_x, x_weights))
-  of_y = _product(inverse, _covariance(_along(basis, y, mean_y), y_weights))
+  of_y = _product(inverse, _covariance(along_y, y_weights))
+  # Variances of y that lie in the span, P B + B P - P B P with P = Q^T (Q Q^T)^(-1) Q.
+  both = 2.0 * _weighted_sums(along_y, y, y_weights)
+  both = both - exact_einsum("...sr,...sd->...rd", of_y, basis)
+  dual = exact_einsum("...rs,...sd->...rd", inverse, basis)
+  diagonal = _diagonal(clouds, jnp.sum(dual * both, axis=-2, keepdims=True))
   of_diagonal = exact_einsum("...rd,...sd->...rs", basis * diagonal, basis)
   correction = _coefficients(of_x, of_y) - _product(inverse, of_diagonal)
   correction = _product(correction, inverse)
@@ -190,10 +195,11 @@ def _full(clouds: Clouds) -> Float[Array, "*batch dim dim"]:
   )
 
 
-def _diagonal(clouds: Clouds) -> Float[Array, "*batch 1 dim"]:
-  """v_j of each coordinate by itself (module docstring)."""
+def _diagonal(clouds: Clouds, without: Array | float = 0.0) -> Array:
+  """v_j of each coordinate by itself, `[..., 1, dim]`, less variances of y."""
   a = _mean((clouds.x - clouds.mean_x) ** 2, clouds.x_weights)
   b = _mean((clouds.y - clouds.mean_y) ** 2, clouds.y_weights)
+  b = jnp.maximum(b - without, 0.0)
   return b / (0.5 + jnp.sqrt(a * b + 0.25))
 
 
@@ -294,13 +300,19 @@ def _times_covariance(
   """Vectors `[..., rank, dim]` times a covariance, up to their size."""
   # For all of the batch: with one for all heads, XLA would transpose the points.
   vectors = jnp.broadcast_to(vectors, (*points.shape[:-2], *vectors.shape[-2:]))
-  mass = normalised(weights, points.shape[-2]).astype(points.dtype)
-  along = _along(vectors, points, middle) * mass[..., None]
-  # Transposed before the product: half its time on a CPU.
-  along = jnp.swapaxes(along, -1, -2)
-  moved = exact_einsum("...rn,...nd->...rd", along, points)
+  moved = _weighted_sums(_along(vectors, points, middle), points, weights)
   largest = jnp.abs(jax.lax.stop_gradient(moved)).max((-2, -1), keepdims=True)
   return moved / jnp.where(largest > 0, largest, 1.0)
+
+
+def _weighted_sums(
+  along: Float[Array, "*batch n rank"], points: Array, weights: Masses
+) -> Float[Array, "*batch rank dim"]:
+  """sum_i m_i along_ir points_id, of masses that sum to one."""
+  mass = normalised(weights, points.shape[-2]).astype(points.dtype)[..., None]
+  # Transposed before the product: half its time on a CPU.
+  transposed = jnp.swapaxes(mass * along, -1, -2)
+  return exact_einsum("...rn,...nd->...rd", transposed, points)
 
 
 def _covariance(centred: Array, weights: Masses) -> Float[Array, "*batch dim dim"]:

@@ -41,13 +41,18 @@ def diagonal(a, b):
 
 
 def low_rank(a, b, rank):
-  """The diagonal V, but exact in the range of B A applied to cosines."""
+  """V exact in the range of B A applied to cosines, else by coordinates of A and of
+  what is left of B.
+  """
   dim = len(a)
-  angles = np.outer(np.arange(dim) + 0.5, np.arange(min(rank, dim)))
+  if rank >= dim:
+    return full(a, b)
+  angles = np.outer(np.arange(dim) + 0.5, np.arange(rank))
   u, sizes, _ = np.linalg.svd(b @ a @ np.cos(np.pi * angles / dim), full_matrices=False)
   basis = u[:, sizes > 1e-9 * max(sizes.max(), 1e-300)]
   inside = full(*(basis.T @ each @ basis for each in (a, b)))
-  by_coordinate = diagonal(a, b)
+  rest = np.eye(dim) - basis @ basis.T
+  by_coordinate = diagonal(a, rest @ b @ rest)
   correction = inside - basis.T @ by_coordinate @ basis
   return by_coordinate + basis @ correction @ basis.T
 

