@@ -195,11 +195,12 @@ def _full(clouds: Clouds) -> Float[Array, "*batch dim dim"]:
   )
 
 
-def _diagonal(clouds: Clouds, without: Array | float = 0.0) -> Array:
+def _diagonal(clouds: Clouds, without: Array | None = None) -> Array:
   """v_j of each coordinate by itself, `[..., 1, dim]`, less variances of y."""
   a = _mean((clouds.x - clouds.mean_x) ** 2, clouds.x_weights)
   b = _mean((clouds.y - clouds.mean_y) ** 2, clouds.y_weights)
-  b = jnp.maximum(b - without, 0.0)
+  if without is not None:
+    b = jnp.maximum(b - without, 0.0)
   return b / (0.5 + jnp.sqrt(a * b + 0.25))
 
 
