@@ -144,7 +144,7 @@ FORMS = {
 }
 
 # Forms with custom rules of their own, which a loop would lose; the rest is slow.
-LOOPED = ("scaling domain", "sinkhorn ott", "asap", "gaussian low_rank")
+LOOPED = ("scaling domain", "sinkhorn ott", "asap", "gaussian full")
 QUICK = ("closures", "chunked", *LOOPED)
 slow = pytest.mark.slow
 
@@ -181,7 +181,8 @@ def test_against_differences_of_first_derivatives(name, loop, monkeypatch):
   def second(query):
     return jax.grad(lambda q: jnp.vdot(TANGENT, slope(q)))(query)
 
-  step = 1e-2
+  # Short of where two points change places: sorted potentials have kinks there.
+  step = 3e-3
   wanted = (slope(QUERY + step * TANGENT) - slope(QUERY - step * TANGENT)) / (2 * step)
   assert float(jnp.abs(wanted).max()) > 0.05
   np.testing.assert_allclose(second(QUERY), wanted, atol=3e-2, rtol=3e-2)

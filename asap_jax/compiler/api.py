@@ -19,7 +19,7 @@ from asap_jax.compiler.recording import Layer, Observer
 from asap_jax.compiler.report import LayerReport, Report
 from asap_jax.compiler.selection import select
 from asap_jax.compiler.sites import Site, replace_sites
-from asap_jax.dual_map.features import KINDS
+from asap_jax.dual_map.features import COMPILED
 
 
 class Compiled(NamedTuple):
@@ -42,7 +42,7 @@ def compile(
   *,
   closures: int = 1,
   directions: DirectionKind = "principal",
-  features: tuple[str, ...] = KINDS,
+  features: tuple[str, ...] = COMPILED,
   hidden: int = 64,
   ridge: float = 1e-6,
   refine_steps: int = 3000,

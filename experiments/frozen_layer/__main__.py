@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import asap_jax
-from asap_jax.dual_map.features import KINDS
+from asap_jax.dual_map.features import COMPILED, KINDS
 from experiments.common import replacements
 from experiments.common.arguments import add_seed, file, parser_for, whole
 from experiments.common.digits import Split, batches_of
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--heads", type=whole(1), required=True)
   parser.add_argument("--slices", type=whole(1), default=8)
   parser.add_argument("--closures", type=whole(1), default=1, help="of the row `asap`")
-  parser.add_argument("--features", nargs="+", choices=KINDS, default=KINDS)
+  parser.add_argument("--features", nargs="+", choices=KINDS, default=COMPILED)
   parser.add_argument(
     "--refine-steps", type=whole(0), help="per layer; 0 for the ridge fit alone"
   )

@@ -10,7 +10,7 @@ from ott.initializers.linear import initializers
 
 from asap_jax import DualMap, GaussianDualInitializer, SlicedDualInitializer
 from asap_jax.attention.inputs import Activation
-from asap_jax.dual_map.features import KINDS
+from asap_jax.dual_map.features import COMPILED
 from asap_jax.potentials.directions import orthogonal
 from experiments.initializers.clouds import Clouds
 from experiments.initializers.learning import (
@@ -85,7 +85,7 @@ def learned_starts(
   average = DualMap(drawn, jnp.full((1, SLICES), dim / SLICES), ("potentials",))
   maps = {
     "regression": regress(),
-    "regression, all features": regress(features=KINDS),
+    "regression, all features": regress(features=COMPILED),
     "objective": descend(average).dual_map,
     "objective, no slices": descend(
       unsliced_map(1, dim), hidden=HIDDEN, learning_rate=2e-2

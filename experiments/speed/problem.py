@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from asap_jax.dual_map.features import KINDS, dual_features
+from asap_jax.dual_map.features import COMPILED, dual_features
 from asap_jax.dual_map.network import init_network
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.potentials.directions import gaussian
@@ -73,7 +73,7 @@ def random_dual_map(problem: Problem, slices: int, hidden: int) -> DualMap:
   deviation = _deviation(query, key, directions)
   count = deviation.shape[-1]
   weights = 0.5 * count**-0.5 * jax.random.normal(rngs[1], (heads, count))
-  dual_map = DualMap(directions, weights / deviation, KINDS)
+  dual_map = DualMap(directions, weights / deviation, COMPILED)
   if not hidden:
     return dual_map
   network = init_network(rngs[2], heads, dim, count, hidden)
@@ -90,4 +90,4 @@ def random_dual_map(problem: Problem, slices: int, hidden: int) -> DualMap:
 
 @jax.jit
 def _deviation(query, key, directions):
-  return dual_features(query, key, directions, KINDS).std((0, 2)) + 1e-6
+  return dual_features(query, key, directions, COMPILED).std((0, 2)) + 1e-6

@@ -185,7 +185,7 @@ DEGENERATE = {
   "constant keys": (SMALL, ONES),
   "nothing varies": (ONES, 0 * ONES),
   "sharp": (300 * SMALL, 3 * AXES),
-  "sharp on a line": (100 * LINE, SMALL),
+  "sharp on a line": (40 * LINE, SMALL),
   "large and small": (1e8 * SMALL, 1e-8 * AXES),
   "nearly nothing": (1e-12 * SMALL, 1e-12 * SMALL),
 }

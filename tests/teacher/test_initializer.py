@@ -66,18 +66,19 @@ def test_same_plan_in_fewer_iterations(cost, masses, initializer):
   np.testing.assert_allclose(started.matrix, plain.matrix, atol=1e-3)
 
 
-@pytest.mark.parametrize("epsilon", [0.5, 2.0])
-def test_samples_of_gaussians_need_fewer_iterations_than_without_entropy(epsilon):
+@pytest.mark.parametrize(("epsilon", "share"), [(0.5, 0.9), (2.0, 0.6)])
+def test_samples_of_gaussians_need_fewer_iterations_than_without_entropy(
+  epsilon, share
+):
   skew = jax.random.normal(KEYS[2], (DIM, DIM))
   x = jax.random.normal(KEYS[0], (200, DIM)) + 1.0
   y = jax.random.normal(KEYS[1], (200, DIM)) @ skew
   given = linear_problem.LinearProblem(pointcloud.PointCloud(x, y, epsilon=epsilon))
   starts = None, initializers.GaussianInitializer(), GaussianDualInitializer()
   plain, without_entropy, gaussian = (solve(given, start) for start in starts)
-  print(plain.n_iters, without_entropy.n_iters, gaussian.n_iters)
   assert gaussian.converged
-  assert gaussian.n_iters < 0.8 * without_entropy.n_iters
-  assert gaussian.n_iters < 0.6 * plain.n_iters
+  assert gaussian.n_iters < share * without_entropy.n_iters
+  assert gaussian.n_iters < 0.4 * plain.n_iters
 
 
 def test_affine_image_needs_next_to_nothing():

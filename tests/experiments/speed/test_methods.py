@@ -89,7 +89,7 @@ def test_random_dual_maps_are_of_the_logits_size(hidden):
   problem = problem_of(SHAPE._replace(length=32, head_dim=8))
   dual_map = random_dual_map(problem, 2, hidden)
   assert (dual_map.network is not None) == bool(hidden)
-  assert dual_map.features == asap_jax.dual_map.features.KINDS
+  assert dual_map.features == asap_jax.dual_map.features.COMPILED
   (features,) = candidates(problem, ["features"])
   f = jax.jit(features.function)(*problem.inputs, dual_map)
   assert f.shape == (2, 2, 32)
