@@ -144,7 +144,7 @@ FORMS = {
 }
 
 # Forms with custom rules of their own, which a loop would lose; the rest is slow.
-LOOPED = ("scaling domain", "sinkhorn ott", "asap", "gaussian full")
+LOOPED = ("scaling domain", "sinkhorn ott", "asap")
 QUICK = ("closures", "chunked", *LOOPED)
 slow = pytest.mark.slow
 
@@ -194,7 +194,7 @@ def test_against_differences_of_first_derivatives(name, loop, monkeypatch):
     "scaling domain",
     "scaling domain from keys",
     pytest.param("gaussian low_rank", marks=slow),
-    "gaussian full",
+    pytest.param("gaussian full", marks=slow),
     pytest.param("xla from keys", marks=slow),
     pytest.param("xla short from keys", marks=slow),
     pytest.param("chunked from keys", marks=slow),

@@ -82,7 +82,7 @@ def reference(
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 @each
 def test_iterations_from_the_start(implementation, masked, iterations):
   masks = MASKS if masked else (None, None)
@@ -128,7 +128,9 @@ def test_grouped_keys(iterations):
   np.testing.assert_allclose(actual, expected, atol=3e-5)
 
 
-@pytest.mark.parametrize("start", ["gaussian", "zero"])
+@pytest.mark.parametrize(
+  "start", ["gaussian", pytest.param("zero", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("implementation", ["xla", "chunked"])
 def test_relaxation_between_iterations(implementation, start):
   options = {"relaxation": 1.5, "start": start}
@@ -156,7 +158,13 @@ def start_in_float64(q, k, masks, side, start):
 
 
 @pytest.mark.parametrize(
-  ("implementation", "iterations"), [("ott", 1), ("ott", 2), ("xla", 2), ("xla", 0)]
+  ("implementation", "iterations"),
+  [
+    ("ott", 2),
+    ("xla", 0),
+    pytest.param("ott", 1, marks=pytest.mark.slow),
+    pytest.param("xla", 2, marks=pytest.mark.slow),
+  ],
 )
 @pytest.mark.parametrize(
   "start", ["gaussian_full", pytest.param("gaussian_diagonal", marks=pytest.mark.slow)]
@@ -197,7 +205,7 @@ def test_gradient_flows_through_the_start(start, implementation, iterations):
       assert abs(still - expected) > 0.02 * abs(expected)
 
 
-@pytest.mark.parametrize("iterations", [0, 2])
+@pytest.mark.parametrize("iterations", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_padding_that_is_not_finite_reaches_no_value_and_no_gradient(iterations):
   masks = [mask[..., None, None] for mask in (QUERY_MASK, KEY_MASK, KEY_MASK)]
   keep = jnp.asarray(COTANGENT, jnp.float32)

@@ -61,10 +61,10 @@ def test_difference_of_two_attentions_of_flax(case):
 
 def test_rows_sum_to_one_minus_lambda_and_columns_to_anything():
   function = functools.partial(
-    differential_attention, parameters=PARAMETERS, initial=0.4
+    differential_attention, parameters=PARAMETERS, initial=0.9
   )
   weights = sown_weights(function, QUERY, KEY, VALUE)
-  lam = np.exp(np.vdot(*PARAMETERS[:2])) - np.exp(np.vdot(*PARAMETERS[2:4])) + 0.4
+  lam = np.exp(np.vdot(*PARAMETERS[:2])) - np.exp(np.vdot(*PARAMETERS[2:4])) + 0.9
   np.testing.assert_allclose(weights.sum(-1), 1 - lam, atol=1e-5)
   columns = weights.sum(-2) / ((1 - lam) * N / M)
   assert np.abs(columns - 1).max() > 0.5
