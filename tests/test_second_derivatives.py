@@ -19,7 +19,7 @@ from asap_jax.attention.implementations.chunked import chunked_attention
 from asap_jax.attention.implementations.cudnn import cudnn_attention
 from asap_jax.attention.implementations.xla import scaled_attention
 from asap_jax.c_transform import scaled_plan
-from asap_jax.dual_map.features import KINDS, feature_count
+from asap_jax.dual_map.features import COMPILED, feature_count
 from asap_jax.peers import attention_named
 from asap_jax.teacher import sinkhorn_source_dual
 
@@ -41,9 +41,9 @@ HALF = G, 0, {"side": "key"}
 DUAL_MAP = asap_jax.DualMap(
   jnp.asarray(RANDOM.normal(size=(HEADS, 2, DIM)), jnp.float32),
   jnp.asarray(
-    0.3 * RANDOM.normal(size=(HEADS, feature_count(KINDS, 2, DIM))), jnp.float32
+    0.3 * RANDOM.normal(size=(HEADS, feature_count(COMPILED, 2, DIM))), jnp.float32
   ),
-  KINDS,
+  COMPILED,
   **STEPS,
 )
 

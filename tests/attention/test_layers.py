@@ -169,7 +169,9 @@ def test_dual_map_of_the_module_is_what_it_was_given():
   assert held.features == ("potentials",)
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["closures", "half"])
+@pytest.mark.parametrize(
+  "half", [pytest.param(False, marks=pytest.mark.slow), True], ids=["closures", "half"]
+)
 def test_a_key_side_map_is_kept_with_all_that_it_has(half):
   given = dataclasses.replace(DUAL_MAP, side="key", half=half)
   if not half:

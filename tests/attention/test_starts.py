@@ -102,7 +102,9 @@ def test_many_iterations_from_the_start(implementation, iterations):
   np.testing.assert_allclose(actual, expected, atol=3e-5)
 
 
-@pytest.mark.parametrize("start", ["gaussian_diagonal", "gaussian_full"])
+@pytest.mark.parametrize(
+  "start", ["gaussian_diagonal", pytest.param("gaussian_full", marks=pytest.mark.slow)]
+)
 def test_every_start_is_passed_on(start):
   found = [attend(QUERY, KEY, VALUE, iterations=k, start=start) for k in (0, 1)]
   for iterations, actual in enumerate(found):

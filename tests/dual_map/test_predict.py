@@ -108,7 +108,14 @@ def key_side(**options):
   )
 
 
-@pytest.mark.parametrize("name", ["equal", "masks", "masses with zeros"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("equal", marks=pytest.mark.slow),
+    "masks",
+    pytest.param("masses with zeros", marks=pytest.mark.slow),
+  ],
+)
 def test_from_the_key_side_queries_and_keys_change_places(name):
   weights, held = oracles.WEIGHTS[name], key_side()
   actual = predict_dual(held, QUERY, KEY, *on_device(weights))

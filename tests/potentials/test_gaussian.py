@@ -255,7 +255,14 @@ def reference_slopes(arguments, cotangents, covariances):
 
 
 @pytest.mark.parametrize("name", CASES)
-@every
+@pytest.mark.parametrize(
+  "covariances",
+  [
+    pytest.param("diagonal", marks=pytest.mark.slow),
+    "low_rank",
+    pytest.param("full", marks=pytest.mark.slow),
+  ],
+)
 def test_values_and_gradients_whatever_the_points(covariances, name):
   arguments = CASES[name]
   present = [np.asarray(each) > 0 for each in arguments[2:]]

@@ -17,6 +17,7 @@ from asap_jax.attention.implementations.chunked import chunked_attention
 from asap_jax.attention.implementations.cudnn_sums import (
   DTYPES,
   Fused,
+  fits,
   transform,
   values,
 )
@@ -232,6 +233,8 @@ def _forward(
     g = dual
     if static.count > 0:
       f, exact = to_queries(g)
+    else:
+      exact = fits(g, columns, query.dtype, static.scale)
   if static.count > 1:
     factors = by_closure(relaxation, momentum, jnp.dtype(jnp.float32))
     carry, _ = jax.lax.scan(step, (f, f, exact), factors, length=static.count - 1)

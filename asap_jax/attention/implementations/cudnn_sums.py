@@ -118,6 +118,14 @@ def values(
   return jnp.where(rows[..., None] > 0, rows[..., None] * out, 0.0).astype(value.dtype)
 
 
+def fits(g: Array, columns: Array, dtype: jnp.dtype, scale: float) -> Array:
+  """Whether a dual that no iteration made is in the range of `values`."""
+  present = columns > 0
+  largest = jnp.where(present, g, -jnp.inf).max(-1, keepdims=True, initial=-1e30)
+  below = jnp.where(present, largest - g, 0.0)
+  return (below < 0.5 * _LOG_ZERO[str(dtype)] * abs(scale)).all()
+
+
 def _parts(bias: Array, dtype: jnp.dtype) -> Array:
   """Numbers of a low precision that add up to `bias` `[...]`, `[..., _PARTS]`."""
   parts = []

@@ -177,3 +177,15 @@ def test_what_the_kernel_does_not_take_is_refused():
     cudnn_attention(*arguments, 2, momentum=jnp.ones((HEADS, 2)))
   with pytest.raises(ValueError, match="side='keys'"):
     cudnn_attention(*arguments, side="keys")
+
+
+@pytest.mark.parametrize("spread", [1.0, 3e4])
+def test_half_a_closure_whatever_the_range_of_its_dual(spread):
+  query, key, value = (x.astype(jnp.float16) for x in (QUERY, KEY, VALUES[5]))
+  g = spread * normal(BATCH, HEADS, M, dtype=jnp.float32)
+  half = functools.partial(cudnn_attention, scale=SCALE, side="key", fused=fused)
+  out = jax.jit(lambda *a: half(*a, 0))(query, key, value, g)
+  scores = SCALE * np.float64(query) @ np.float64(key).swapaxes(-1, -2)
+  scores = scores + np.float64(g)[..., None, :]
+  weights = np.exp(scores - logsumexp(scores, axis=-1, keepdims=True))
+  np.testing.assert_allclose(np.float64(out), weights @ np.float64(value), atol=2e-2)
