@@ -90,7 +90,8 @@ def gaussian_potential(
   Example:
     >>> import jax.numpy as jnp
     >>> tokens = jnp.array([[3.0, 0.0], [-3.0, 0.0]])
-    >>> gaussian_potential(tokens, tokens, covariances="diagonal").round(2).tolist()
+    >>> f = gaussian_potential(tokens, tokens, covariances="diagonal")
+    >>> [round(float(each), 2) for each in f]
     [-4.26, -4.26]
   """
   _check(query, key, query_weights, key_weights, covariances, rank, side)

@@ -180,7 +180,9 @@ def closures(
 
   start = np.asarray(dual, np.float64)[rows if side == "query" else columns]
   starts = [start if side == "query" else to_queries(start)]
-  g_present, f_present = start, starts[0]
+  # Without an iteration f is what was given, and there is no g.
+  g_present = start if side == "key" else np.zeros(len(columns))
+  f_present = starts[0]
   for k in range(count):
     g_present = np.log(column_sums) - logsumexp(S + f_present[:, None], axis=0)
     f_present = to_queries(g_present)
