@@ -62,13 +62,12 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
       raise ValueError(
         "decode=True: one-token decoding has no doubly stochastic form; expected False"
       )
-    # What is the default is not bound: models saved before these options still load.
-    options = {"start": start, "implementation": implementation}
-    bound = {
-      name: value for name, value in options.items() if value not in ("zero", "ott")
-    }
     attention_fn = functools.partial(
-      sinkhorn_attention, iterations=iterations, epsilon=epsilon, **bound
+      sinkhorn_attention,
+      iterations=iterations,
+      epsilon=epsilon,
+      start=start,
+      implementation=implementation,
     )
     super().__init__(
       num_heads,

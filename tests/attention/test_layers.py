@@ -85,14 +85,8 @@ def test_start_and_implementation_are_those_of_the_function(options):
     return layer.out(sinkhorn_attention(*tokens, mask=mask, epsilon=0.5, **options))
 
   np.testing.assert_allclose(layer(X, mask=mask), expected(), atol=1e-5)
-  assert layer.attention_fn.keywords == {"epsilon": 0.5, **options}
-
-
-def test_defaults_are_not_bound():
-  layer = SinkhornMultiHeadAttention(
-    HEADS, WIDTH, iterations=3, start="zero", implementation="ott", rngs=nnx.Rngs(0)
-  )
-  assert layer.attention_fn.keywords == {"iterations": 3, "epsilon": 1.0}
+  defaults = {"start": "zero", "implementation": "ott"}
+  assert layer.attention_fn.keywords == {"epsilon": 0.5, **defaults, **options}
 
 
 def test_arguments_of_flax_pass_through():

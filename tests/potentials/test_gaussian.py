@@ -280,7 +280,7 @@ def test_values_and_gradients_whatever_the_points(covariances, name):
   expected = reference_slopes(points, cotangents, covariances)
   largest = max(np.abs(values).max() for values in found)
   # Float32 loses more in the product of covariances than in their potentials.
-  rtol = {"sharp": 3e-3, "sharp on a line": 0.1}.get(name, 5e-4)
+  rtol = {"sharp": 3e-3, "sharp on a line": 0.05}.get(name, 5e-4)
   for at, (one, other) in enumerate(zip(slopes, expected, strict=True)):
     one, seen = np.asarray(one), present[at % 2]
     assert np.isfinite(one).all()

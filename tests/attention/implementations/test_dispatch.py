@@ -98,14 +98,15 @@ PROGRAMS = {
       "xla": (wide, jnp.float32),
       "xla long": (wide, jnp.float32),
       "chunked heads": (narrow, jnp.float32),
-      "cudnn": (on_cpu, jnp.bfloat16),
+      # The gradients that several closures leave are as small as bfloat16's rounding.
+      "cudnn": (on_cpu, jnp.float16),
     }.items()
     for case in list(CASES)[2:]
   },
   "gpu plain": (cudnn_attention, jnp.bfloat16, "plain"),
   "gpu masked": (cudnn_attention, jnp.bfloat16, "masked"),
   "gpu float16": (cudnn_attention, jnp.float16, "masked"),
-  "gpu momentum": (cudnn_attention, jnp.bfloat16, "momentum"),
+  "gpu momentum": (cudnn_attention, jnp.float16, "momentum"),
   "gpu half": (cudnn_attention, jnp.bfloat16, "half"),
 }
 gpu = [
@@ -218,8 +219,7 @@ def test_gradients_against_float64(name):
     size = np.linalg.norm(np.float64(slope))
     assert size > 0.1
     actual = np.vdot(np.float64(slope), tangent)
-    # What is rounded does not become less with a gradient that closures make small.
-    np.testing.assert_allclose(actual, wanted, atol=tolerance * max(size, 0.5))
+    np.testing.assert_allclose(actual, wanted, atol=tolerance * size)
 
 
 @everyone
