@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+# Pairs of tokens in a block that stays in a CPU's cache: 4 MiB of float32.
+_PAIRS = 2**20
+
 
 def block_size(total: int, most: int) -> int:
   """The largest divisor of `total` up to `most`, at least one.
@@ -45,3 +48,29 @@ def by_blocks(
   ]
   out = jax.lax.map(lambda block: function(*block), blocks)
   return out.reshape(*batch, *out.shape[2:])
+
+
+def in_cache(
+  function: Callable[..., Array],
+  batch: Sequence[int],
+  pairs: int,
+  arguments: Sequence[Array | None],
+  own: Sequence[int],
+) -> Array:
+  """`function` of the whole batch; on a CPU of blocks that stay in the cache.
+
+  Args:
+    function: see `by_blocks`, as all arguments not listed here.
+    batch: see there.
+    pairs: of tokens in one element of the batch.
+    arguments: see there.
+    own: see there.
+  """
+  if math.prod(batch) * pairs <= _PAIRS:
+    return function(*arguments)
+  most = max(_PAIRS // pairs, 1)
+  return jax.lax.platform_dependent(
+    *arguments,
+    cpu=lambda *arguments: by_blocks(function, batch, most, arguments, own),
+    default=function,
+  )

@@ -10,19 +10,15 @@ with a mask; 2 of 1,024 with 8 heads of dimension 64 take 42 instead of 67.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from asap_jax.attention.implementations.blocks import by_blocks
+from asap_jax.attention.implementations import xla_short
+from asap_jax.attention.implementations.blocks import in_cache
 from asap_jax.attention.inputs import Inputs
 from asap_jax.c_transform.entropic import LOG_ZERO
-from asap_jax.numerics import float_dtype
-
-# Pairs of a head up to which XLA makes one loop of all heads, and pairs of a block.
-_SHORT, _BLOCK = 2**16, 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +40,11 @@ class SoftmaxPlan:
     inputs = self.inputs
     attend = functools.partial(_values, precision)
     arguments = inputs.query, inputs.key, value, inputs.bias, inputs.allowed
-    batch, pairs = inputs.query.shape[:-2], inputs.query.shape[-2] * value.shape[-2]
-    if pairs <= _SHORT or math.prod(batch) * pairs <= _BLOCK:
+    n, m = inputs.query.shape[-2], value.shape[-2]
+    if xla_short.is_short(1, n, m):
       out = attend(*arguments)
     else:
-      most = max(_BLOCK // pairs, 1)
-      in_blocks = functools.partial(by_blocks, attend, batch, most, own=(2,) * 5)
-      out = jax.lax.platform_dependent(
-        *arguments, cpu=lambda *arguments: in_blocks(arguments), default=attend
-      )
+      out = in_cache(attend, inputs.query.shape[:-2], n * m, arguments, own=(2,) * 5)
     if inputs.allowed is None:
       return out
     return jnp.where(inputs.allowed.any(-1)[..., None], out, 0)
@@ -72,13 +64,4 @@ def _values(
     scores = scores + (bias if allowed is None else jnp.where(allowed, bias, 0.0))
   if allowed is not None:
     scores = scores + jnp.where(allowed, 0.0, LOG_ZERO)
-  largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-  weights = jnp.exp(scores - largest)
-  out = jnp.einsum(
-    "...nm,...mv->...nv",
-    weights.astype(value.dtype),
-    value,
-    precision=precision,
-    preferred_element_type=float_dtype(weights),
-  )
-  return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
+  return xla_short.softmax_values(scores, value, precision)

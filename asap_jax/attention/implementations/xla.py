@@ -7,7 +7,6 @@ scaling domain (`asap_jax.c_transform`). On other devices all of it is one block
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,13 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.attention.implementations import xla_short
-from asap_jax.attention.implementations.blocks import by_blocks
+from asap_jax.attention.implementations.blocks import in_cache
 from asap_jax.c_transform.entropic import check_closures
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.masses import Masses, Side
-
-# Pairs of tokens in a block on a CPU: 4 MiB of float32.
-_BLOCK = 2**20
 
 
 def scaled_attention(
@@ -76,14 +72,9 @@ def scaled_attention(
   batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
   if xla_short.is_short(count, query.shape[-2], key.shape[-2]):
     return jax.lax.platform_dependent(*arguments, cpu=short, default=attend)
-  if bias is not None or math.prod(batch) * pairs <= _BLOCK:
+  if bias is not None:
     return attend(*arguments)
-  in_blocks = functools.partial(
-    by_blocks, attend, batch, max(_BLOCK // pairs, 1), own=(2, 2, 2, 1, 1, 1, 1, 1, 2)
-  )
-  return jax.lax.platform_dependent(
-    *arguments, cpu=lambda *arguments: in_blocks(arguments), default=attend
-  )
+  return in_cache(attend, batch, pairs, arguments, own=(2, 2, 2, 1, 1, 1, 1, 1, 2))
 
 
 def _short(count, side, precision, query, key, value, dual, *rest):

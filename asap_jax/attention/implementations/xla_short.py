@@ -124,17 +124,26 @@ def closed_values(
     before, f = f, advance(before, f, f + closed, *factors)
   if count > 0:
     scores = scores_from_queries(f)
+  out = softmax_values(scores, zero_invalid(value, key_weights, axis=-2), precision)
+  return out if query_weights is None else (rows[..., None] * out).astype(value.dtype)
+
+
+def softmax_values(
+  scores: Float[Array, "*batch n m"],
+  value: Float[Array, "*#batch m features"],
+  precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*batch n features"]:
+  """Values weighted by the softmax of scores over keys, in the dtype of the values."""
   kernel = jnp.exp(scores - _largest(scores))
   out = jnp.einsum(
     "...nm,...mv->...nv",
     kernel.astype(value.dtype),
-    zero_invalid(value, key_weights, axis=-2),
+    value,
     precision=precision,
     preferred_element_type=kernel.dtype,
   )
   # Divided after the product: a division between would end the loop.
-  out = out / kernel.sum(-1, keepdims=True)
-  return (out if query_weights is None else rows[..., None] * out).astype(value.dtype)
+  return (out / kernel.sum(-1, keepdims=True)).astype(value.dtype)
 
 
 def _log(sums: Array) -> Array:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import references
 
-from asap_jax.attention.implementations import xla, xla_short
+from asap_jax.attention.implementations import blocks as in_blocks
+from asap_jax.attention.implementations import xla_short
 from asap_jax.attention.implementations.xla import scaled_attention
 from asap_jax.attention.inputs import Activation
 from asap_jax.dual_map import DualMap, predict_dual
@@ -39,7 +40,7 @@ def blocks(request, monkeypatch):
   if request.param != "short":
     monkeypatch.setattr(xla_short, "_SHORT", 0)
   size = {"blocks": 4 * N * M, "single": 1}.get(request.param, 2**20)
-  monkeypatch.setattr(xla, "_BLOCK", size)
+  monkeypatch.setattr(in_blocks, "_PAIRS", size)
 
 
 @pytest.mark.usefixtures("blocks")
