@@ -29,6 +29,19 @@ def check_weights(name: str, weights: Masses, size: int) -> None:
     raise ValueError(f"{name} has shape {weights.shape}: expected [..., {size}]")
 
 
+def check_clouds(
+  query: Array, key: Array, query_weights: Masses, key_weights: Masses
+) -> None:
+  """Raises ValueError unless points `[..., size, dim]` and their masses fit."""
+  shapes = f"query {query.shape} and key {key.shape}"
+  if min(query.ndim, key.ndim) < 2:
+    raise ValueError(f"{shapes}: expected [..., length, dim] for each")
+  if query.shape[-1] != key.shape[-1]:
+    raise ValueError(f"{shapes}: expected the same last dimension")
+  check_weights("query_weights", query_weights, query.shape[-2])
+  check_weights("key_weights", key_weights, key.shape[-2])
+
+
 def valid(weights: Masses) -> Bool[Array, "..."] | None:
   """Points that carry mass, `[..., n]`; `None` if all do."""
   if weights is None or weights.dtype == jnp.bool_:

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from asap_jax.masses import (
   Masses,
   Side,
-  check_weights,
+  check_clouds,
   normalised,
   zero_invalid,
 )
@@ -94,7 +94,15 @@ def gaussian_potential(
     >>> [round(float(each), 2) for each in f]
     [-4.26, -4.26]
   """
-  _check(query, key, query_weights, key_weights, covariances, rank, side)
+  check_clouds(query, key, query_weights, key_weights)
+  for name, given, known in (
+    ("covariances", covariances, Covariances),
+    ("side", side, Side),
+  ):
+    if given not in get_args(known):
+      raise ValueError(f"{name}={given!r}: expected one of {get_args(known)}")
+  if rank < 1:
+    raise ValueError(f"rank={rank}: expected at least one direction")
   if side == "key":
     query, key, query_weights, key_weights = key, query, key_weights, query_weights
   clouds = clouds_of(query, key, query_weights, key_weights)
@@ -383,29 +391,3 @@ def _fixed_directions(dim: int, rank: int) -> np.ndarray:
   """The first cosines of `dim` points, `[rank, dim]`: orthogonal, and none sparse."""
   angles = np.pi * np.arange(rank)[:, None] * (np.arange(dim) + 0.5) / dim
   return np.cos(angles)
-
-
-def _check(
-  query: Array,
-  key: Array,
-  query_weights: Masses,
-  key_weights: Masses,
-  covariances: str,
-  rank: int,
-  side: str,
-) -> None:
-  if min(query.ndim, key.ndim) < 2 or query.shape[-1] != key.shape[-1]:
-    raise ValueError(
-      f"query {query.shape} and key {key.shape}: expected [..., length, dim] with the "
-      "same last dimension"
-    )
-  check_weights("query_weights", query_weights, query.shape[-2])
-  check_weights("key_weights", key_weights, key.shape[-2])
-  for name, value, allowed in (
-    ("covariances", covariances, Covariances),
-    ("side", side, Side),
-  ):
-    if value not in get_args(allowed):
-      raise ValueError(f"{name}={value!r}: expected one of {get_args(allowed)}")
-  if rank < 1:
-    raise ValueError(f"rank={rank}: expected at least one direction")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax import masses
-from asap_jax.masses import Masses, centre, check_weights, zero_invalid
+from asap_jax.masses import Masses, centre, check_clouds, zero_invalid
 from asap_jax.numerics import exact_einsum, float_dtype
 from asap_jax.potentials.kantorovich import kantorovich_potentials
 
@@ -70,7 +70,7 @@ def paired_bases(
   Raises:
     ValueError: if weights do not fit, or `kind` is unknown.
   """
-  _check(query, key, query_weights, key_weights)
+  check_clouds(query, key, query_weights, key_weights)
   if kind not in ("canonical", "principal"):
     raise ValueError(f"kind={kind!r}: expected 'canonical' or 'principal'")
   of_query = _covariance(query, query_weights)
@@ -128,7 +128,7 @@ def sliced_start(
   Raises:
     ValueError: if dimensions or weights do not fit, or `slices` is unknown.
   """
-  _check(query, key, query_weights, key_weights)
+  check_clouds(query, key, query_weights, key_weights)
   dtype = float_dtype(query, key)
   query = zero_invalid(query.astype(dtype), query_weights, axis=-2)
   key = zero_invalid(key.astype(dtype), key_weights, axis=-2)
@@ -155,17 +155,6 @@ def sliced_start(
   average = masses.mean(key, key_weights, axis=-2)
   f = share * phi.sum(-2) - _projected(query, average)[..., 0, :]
   return centre(f, query_weights)
-
-
-def _check(
-  query: Array, key: Array, query_weights: Masses, key_weights: Masses
-) -> None:
-  if query.shape[-1] != key.shape[-1]:
-    raise ValueError(
-      f"query {query.shape} and key {key.shape}: expected the same last dimension"
-    )
-  check_weights("query_weights", query_weights, query.shape[-2])
-  check_weights("key_weights", key_weights, key.shape[-2])
 
 
 def _covariance(points: Array, weights: Masses) -> Array:

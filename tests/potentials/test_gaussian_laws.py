@@ -213,7 +213,7 @@ def test_low_precision_is_raised_before_anything_else(dtype):
     ({"rank": -1, "covariances": "diagonal"}, "rank=-1: expected at least one"),
     ({"covariances": "half"}, r"covariances='half': expected one of \('diagonal', "),
     ({"side": "both"}, r"side='both': expected one of \('query', 'key'\)"),
-    ({"key": KEY[:, :2]}, r"key \(9, 2\): expected .* the same last dimension"),
+    ({"key": KEY[:, :2]}, r"key \(9, 2\): expected the same last dimension"),
     ({"query": QUERY[0]}, r"query \(9,\) and key \(9, 9\): expected \[..., length"),
     (
       {"query_weights": jnp.ones(M)},
