@@ -91,8 +91,8 @@ def gaussian_potential(
     >>> import jax.numpy as jnp
     >>> tokens = jnp.array([[3.0, 0.0], [-3.0, 0.0]])
     >>> f = gaussian_potential(tokens, tokens, covariances="diagonal")
-    >>> [round(float(each), 2) for each in f]
-    [-4.26, -4.26]
+    >>> f"{f[0]:.2f} and {f[1]:.2f}"
+    '-4.26 and -4.26'
   """
   check_clouds(query, key, query_weights, key_weights)
   for name, given, known in (
@@ -368,7 +368,8 @@ def _basis(vectors: Float[Array, "*batch rank dim"]) -> tuple[Array, Array]:
 
 def _mean(points: Array, weights: Masses) -> Float[Array, "*batch 1 dim"]:
   """Mean of points that are finite everywhere; masses enter by a product, as ones do in
-  `_row_sums`: 0.4 instead of 3 ms there.
+  `_row_sums`: with a mask the diagonal potentials of 8 clouds of 1,024 take 2 ms
+  instead of 14.
   """
   if weights is None:
     return points.mean(-2, keepdims=True)
