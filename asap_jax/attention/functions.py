@@ -78,8 +78,8 @@ def sinkhorn_attention(
       (`asap_jax.gaussian_potential`): `"gaussian"` is `"gaussian_low_rank"`, and there
       are `"gaussian_diagonal"` and `"gaussian_full"`.
     relaxation: omega of over-relaxation between iterations (`asap_jax.closures`), from
-      1 to below 2; not with `"ott"`. About 1.5 gains from the third iteration on, from zero
-      more than from a start that is near; with two it may lose.
+      1 to below 2; not with `"ott"`. About 1.5 gains from the third iteration on,
+      more from zero than from a start that is near; with two it may lose.
 
   Returns:
     `[batch..., n, heads, features]`, zero at invalid queries.
