@@ -18,7 +18,7 @@ from asap_jax.attention import (
   softmax_attention,
 )
 from asap_jax.c_transform import Duals, closure, closures, plan
-from asap_jax.compiler import compile, distil, load, save
+from asap_jax.compiler import Recipe, compile, distil, load, save
 from asap_jax.dual_map import DualMap, predict_dual
 from asap_jax.potentials import (
   Potentials,
@@ -37,6 +37,7 @@ __all__ = [
   "Duals",
   "GaussianDualInitializer",
   "Potentials",
+  "Recipe",
   "SinkhornMultiHeadAttention",
   "SlicedDualInitializer",
   "asap_attention",

@@ -85,10 +85,9 @@ def compute(seed: int, steps: int, refine_steps: int) -> Pieces:
   compiled, _ = asap_jax.compile(
     teacher,
     batches_of(data.train.inputs, 64),
-    SLICES,
-    features=("potentials",),
-    hidden=0,
-    refine_steps=refine_steps,
+    asap_jax.Recipe(
+      SLICES, features=("potentials",), hidden=0, refine_steps=refine_steps
+    ),
     seed=seed,
   )
   found = []

@@ -111,7 +111,10 @@ models = {
 # %%
 batches = tokens[train].reshape(11, 128, 16, 4)
 models["ASAP"], _ = asap_jax.compile(
-  models["Sinkhorn"], batches, slices=4, refine_steps=0, progress=False
+  models["Sinkhorn"],
+  batches,
+  asap_jax.Recipe(slices=4, refine_steps=0),
+  progress=False,
 )
 
 # %% [markdown]

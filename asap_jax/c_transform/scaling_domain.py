@@ -38,6 +38,8 @@ from asap_jax.numerics import exact_einsum, float_dtype
 # Entries of the kernel below the smallest normal number are lost; together they may be
 # this share of a sum.
 _LOST = 1e-7
+# Of rows and of columns, broadcast to pairs.
+_AXES = (..., slice(None), None), (..., None, slice(None))
 # Bounds scalings from above; their products with sums stay below the largest float32.
 _LARGEST = 1e30
 _LOG_LARGEST = 69.08
@@ -103,6 +105,7 @@ def scaled_plan(
   relaxation: Float[Array, "..."] | None = None,
   momentum: Float[Array, "..."] | None = None,
   side: Side = "query",
+  finite: bool = False,
 ) -> ScaledPlan:
   """The plan of `asap_jax.closures`, with as few exponentials as is safe.
 
@@ -118,6 +121,10 @@ def scaled_plan(
     relaxation: between closures.
     momentum: likewise.
     side: whose dual it is.
+    finite: whether the logits at absent points are known to be so. Otherwise they are
+      set to zero, which takes as much time as all the rest where XLA makes one loop of
+      it (39 instead of 21 ms for 32 padded sequences of 256 tokens with 4 heads, on 2
+      CPU cores, JAX 0.10.2).
 
   Returns:
     `ScaledPlan`, with the duals of the plan.
@@ -128,6 +135,9 @@ def scaled_plan(
   check_closures(count, relaxation, momentum, side)
   check_logits(logits, query_weights, key_weights)
   weights = query_weights, key_weights
+  pairs = valid_pairs(*weights)
+  if pairs is not None and not finite:
+    logits = jnp.where(pairs, logits, 0.0)
   return _scaled_plan(count, side, logits, dual, *weights, relaxation, momentum)
 
 
@@ -149,8 +159,13 @@ def _scaled_plan(
     row_sums(query_weights, n).astype(dtype),
     column_sums(query_weights, key_weights, n, m).astype(dtype),
   )
-  pairs = valid_pairs(query_weights, key_weights)
-  half = functools.partial(_half, logits, pairs)
+  # Sums instead of selects, with which XLA would make slower loops.
+  absent = [
+    LOG_ZERO * (own <= 0)[at]
+    for own, given, at in zip(sums, (query_weights, key_weights), _AXES, strict=True)
+    if given is not None
+  ]
+  half = functools.partial(_half, logits, absent)
 
   # The first half-iteration needs no product: all of the dual is in the kernel.
   own, other, axis = (0, 1, -2) if side == "query" else (1, 0, -1)
@@ -159,7 +174,7 @@ def _scaled_plan(
     zero_invalid(dual.astype(dtype), own_weights),
     (*logits.shape[:-2], logits.shape[axis]),
   )
-  kernel, totals, absorbed = _absorb(logits, dual, pairs, axis)
+  kernel, totals, absorbed = _absorb(logits, dual, absent, axis)
   one = jnp.broadcast_to((sums[own] > 0).astype(dtype), dual.shape)
   given = _Side(one, dual, dual, sums[own])
   fitted = _fitted(totals, absorbed, sums[other])
@@ -220,7 +235,7 @@ class _Side(NamedTuple):
   marginal: Array
 
 
-def _half(logits, pairs, kernel, here, there, *, axis):
+def _half(logits, absent, kernel, here, there, *, axis):
   """Half a closure: fits the scaling of `there` to sums over `axis`, those of `here`.
 
   Returns the kernel and both sides; the kernel and `here` change where the sums leave
@@ -230,7 +245,7 @@ def _half(logits, pairs, kernel, here, there, *, axis):
 
   def absorb(_):
     # All of the dual goes into the kernel, so that the scaling is one.
-    kernel, sums, absorbed = _absorb(logits, here.dual, pairs, axis)
+    kernel, sums, absorbed = _absorb(logits, here.dual, absent, axis)
     one = jnp.where(here.marginal > 0, jnp.ones_like(here.dual), 0.0)
     return kernel, sums, one, here.dual, absorbed, jnp.ones((), bool)
 
@@ -253,13 +268,13 @@ def _fitted(sums: Array, absorbed: Array, marginal: Array) -> _Side:
   return _Side(scaling, jnp.where(marginal > 0, dual, 0.0), absorbed, marginal)
 
 
-def _absorb(logits, dual, pairs, axis):
+def _absorb(logits, dual, absent, axis):
   """Kernel, its sums and what the other side absorbs: minus the largest scores."""
   scores = logits + jnp.expand_dims(dual, -3 - axis)
-  if pairs is not None:
-    scores = jnp.where(pairs, scores, LOG_ZERO)
+  for each in absent:
+    scores = scores + each
   largest = scores.max(axis, keepdims=True)
-  if pairs is not None:
+  if absent:
     largest = jnp.where(largest > LOG_ZERO / 2, largest, 0.0)
   kernel = jnp.exp(scores - largest)
   return kernel, kernel.sum(axis), -largest.squeeze(axis)

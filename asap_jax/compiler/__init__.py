@@ -1,14 +1,18 @@
 """From a trained model to a compiled one.
 
 `api` is `asap_jax.compile`. In the order of its steps: `sites` finds the Sinkhorn
-attentions, `recording` watches them on calibration batches, `fitting` fits their dual
-maps, `fidelity` and `measuring` compare operators with the teacher, `selection` takes
-the fastest that is close enough, and `report` says what was gained. `distillation`
-trains all maps together afterwards; `saving` keeps a compiled model.
+attentions, `recording` watches them on calibration batches, `prepared` keeps some calls
+of a layer, `candidates` says what may stand there, `fitting` fits dual maps, `fidelity`
+compares plans with the teacher's, `clock` times, `selection` takes the fastest that is
+close enough, and `report` says what was gained. `recipes` and `measuring` are the way
+of one fixed operator. `distillation` trains all maps together afterwards; `saving`
+keeps a compiled model.
 """
 
 from asap_jax.compiler.api import Compiled, compile
 from asap_jax.compiler.distillation import Distilled, distil
+from asap_jax.compiler.operators import Sinkhorn
+from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.report import Alternative, LayerReport, Report
 from asap_jax.compiler.saving import load, save
 
@@ -17,7 +21,9 @@ __all__ = [
   "Compiled",
   "Distilled",
   "LayerReport",
+  "Recipe",
   "Report",
+  "Sinkhorn",
   "compile",
   "distil",
   "load",

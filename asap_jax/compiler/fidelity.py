@@ -1,7 +1,5 @@
 """How close an attention operator comes to its teacher on recorded activations."""
 
-import statistics
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +11,7 @@ from asap_jax import metrics
 from asap_jax.attention.inputs import Activation
 from asap_jax.c_transform.entropic import closure, plan
 from asap_jax.compiler.operators import Operator, Sinkhorn
-from asap_jax.masses import centre, valid_pairs
+from asap_jax.masses import centre
 
 
 class FidelitySums(NamedTuple):
@@ -54,38 +52,11 @@ def fidelity_sums(
   ]
 
 
-def operator_milliseconds(
-  activation: Activation, operators: Sequence[Operator], repeats: int = 5
-) -> list[float]:
-  """Median times of one attention call of each operator; warm, in turn.
-
-  From queries, keys and values (the keys serve as values) to outputs, without forming
-  a doubly stochastic plan.
-  """
-  times: list[list[float]] = [[] for _ in operators]
-  for repeat in range(repeats + 1):
-    for operator, taken in zip(operators, times, strict=True):
-      start = time.perf_counter()
-      jax.block_until_ready(_values(operator, activation))
-      if repeat:  # the first one compiles
-        taken.append(1e3 * (time.perf_counter() - start))
-  return [statistics.median(taken) for taken in times]
-
-
 @jax.jit
 def plan_of(activation: Activation, operator: Operator) -> jax.Array:
   """Attention weights of an operator, `[batch, heads, n, m]`."""
   duals, _ = operator.duals(activation)
   return plan(activation.logits, duals, *activation.masks)
-
-
-@jax.jit
-def _values(operator, activation):
-  """One call as a model makes it, heads behind the length."""
-  query, key = (jnp.moveaxis(x, -3, -2) for x in (activation.query, activation.key))
-  pairs = valid_pairs(*activation.masks)
-  options = {"mask": pairs, "bias": activation.bias, "scale": 1.0}
-  return operator.attention_fn(query, key, key, **options)
 
 
 @jax.jit

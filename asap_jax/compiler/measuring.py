@@ -6,16 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asap_jax.compiler.fidelity import (
-  FidelitySums,
-  fidelity_sums,
-  operator_milliseconds,
-)
+from asap_jax.compiler.candidates import CUTS
+from asap_jax.compiler.clock import operator_milliseconds
+from asap_jax.compiler.fidelity import FidelitySums, fidelity_sums
 from asap_jax.compiler.operators import Operator, Sinkhorn
 from asap_jax.compiler.recording import Observer
 from asap_jax.compiler.report import Alternative
-
-CUTS = (1, 2, 3, 5, 10)
 
 
 class Measured(NamedTuple):
@@ -53,7 +49,7 @@ def cuts(teacher: Sinkhorn) -> list[Operator]:
   ]
 
 
-def _by_ott(teacher: Sinkhorn) -> Sinkhorn:
+def by_ott(teacher: Sinkhorn) -> Sinkhorn:
   """A teacher as OTT-JAX runs it, if it does."""
   plain = teacher.relaxation == 1.0
   return dataclasses.replace(teacher, implementation="ott") if plain else teacher
@@ -69,7 +65,7 @@ def measure(
   """
   layers = teacher.layers
   everyone = [
-    [_by_ott(layer.site.teacher), *of_layer]
+    [by_ott(layer.site.teacher), *of_layer]
     for layer, of_layer in zip(layers, operators, strict=True)
   ]
   sums: list[dict[int, FidelitySums]] = [{} for _ in layers]

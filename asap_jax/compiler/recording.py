@@ -56,6 +56,7 @@ class Observer:
     batches: as given, or stored.
     sites: of the model's Sinkhorn attentions.
     layers: at those sites, in the model's order.
+    progress: as given.
 
   Raises:
     ValueError: if there is nothing to observe: no Sinkhorn attention, no batch, or
@@ -77,7 +78,7 @@ class Observer:
       )
     self.batches = list(batches) if iter(batches) is batches else batches
     self._record = recorder(model, self.sites, call)
-    self._progress = progress
+    self.progress = progress
     first = next(iter(self.batches), None)
     if first is None:
       raise ValueError("batches is empty: expected at least two batches")
@@ -90,12 +91,39 @@ class Observer:
       ValueError: if activations are not finite, or a mask is not the outer product of
         valid queries and valid keys.
     """
-    batches = track(self.batches, description, disable=not self._progress)
+    batches = track(self.batches, description, disable=not self.progress)
     for index, batch in enumerate(batches):
       if is_held_out(index) == held_out:
         calls = _unstack(self._record(batch))
         _check_calls(self.layers, calls)
         yield calls
+
+  def sample(self, sequences: int) -> tuple[list[Calls], list[Calls]]:
+    """Calls of every layer on the first batches: fitted, and held out.
+
+    Batches are read until both hold so many sequences, the latter half as many, or
+    there are no more.
+
+    Raises:
+      ValueError: as `activations`, and if no batch is held out.
+    """
+    wanted = {False: sequences, True: sequences // 2}
+    kept: dict[bool, list[Calls]] = {False: [], True: []}
+    for index, batch in enumerate(self.batches):
+      held_out = is_held_out(index)
+      if wanted[held_out] <= 0:
+        if max(wanted.values()) <= 0:
+          break
+        continue
+      calls = _unstack(self._record(batch))
+      _check_calls(self.layers, calls)
+      kept[held_out].append(calls)
+      wanted[held_out] -= calls[0][0].query.shape[0]
+    if not kept[True]:
+      raise ValueError(
+        "batches holds a single batch: expected at least two, one of them to measure on"
+      )
+    return kept[False], kept[True]
 
 
 def _shapes_seen(record: Callable[[Any], Calls], batch: Any) -> Calls:

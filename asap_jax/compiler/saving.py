@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from flax import nnx
 
 from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.attention.layers import AsapAttention
+from asap_jax.compiler.report import device_kind
 from asap_jax.compiler.sites import find_sinkhorn, replace_sites
 from asap_jax.dual_map.predict import DualMap
 
@@ -77,6 +79,8 @@ def save(
     manifest = {
       "format": FORMAT,
       "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
+      # What is the fastest there may not be so elsewhere.
+      "device": device_kind(),
       "sites": sites,
       "arrays": {name: _describe(array) for name, array in arrays.items()},
       "keys": _key_kinds(state),
@@ -105,7 +109,7 @@ def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
       or under `nnx.eval_shape`; its values do not matter and it is left untouched.
 
   Returns:
-    The compiled model.
+    The compiled model. A warning says so if it was saved on another kind of device.
 
   Raises:
     FileNotFoundError: if there is no saved model at `path`.
@@ -119,6 +123,7 @@ def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
   """
   path = pathlib.Path(path).absolute()
   manifest = _read_manifest(path)
+  _warn_elsewhere(path, manifest.get("device"))
   found = {(site.path, site.attribute): site for site in find_sinkhorn(model)}
   saved = {(tuple(s["path"]), s["attribute"]): s for s in manifest["sites"]}
   if found.keys() != saved.keys():
@@ -146,6 +151,18 @@ def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
   with ocp.StandardCheckpointer() as checkpointer:
     arrays = checkpointer.restore(path / _ARRAYS, abstract)
   return nnx.merge(graph, _with_arrays(state, arrays, manifest["keys"]))
+
+
+def _warn_elsewhere(path: pathlib.Path, saved: str | None) -> None:
+  """Operators are chosen for a kind of device; older models do not name theirs."""
+  here = device_kind()
+  if saved not in (None, here):
+    warnings.warn(
+      f"path={path} was saved on {saved}, and this is {here}: its plans are the same, "
+      "but operators that were chosen by their times there may not be the fastest "
+      "here; asap_jax.compile the teacher here to choose again",
+      stacklevel=3,
+    )
 
 
 def _flat_state(state: nnx.State) -> dict[str, Any]:

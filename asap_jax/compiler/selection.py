@@ -1,162 +1,253 @@
-"""Choosing each layer's operator by measurement: the fastest that is close enough."""
+"""Choosing each layer's operator by measurement: the fastest that is close enough.
 
-import warnings
-from collections.abc import Iterator
+Nothing is fitted that could not win. Iterations cut short and Gaussian starts need no
+fit, and with the exact iterations they give a first choice; a map is fitted where it
+would take less time than the choice so far and may come close enough, which the fits
+before tell. In the end all that was measured is timed once more, in turn.
+"""
 
-import jax
-import jax.numpy as jnp
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
-from asap_jax.compiler.fidelity import operator_milliseconds
-from asap_jax.compiler.fitting.stages import FitOptions, FittedLayer, fit_layers
-from asap_jax.compiler.measuring import Measured, cuts, measure
-from asap_jax.compiler.operators import Asap
-from asap_jax.compiler.recording import Layer, Observer
-from asap_jax.dual_map.features import feature_count
-from asap_jax.dual_map.network import init_network
-from asap_jax.dual_map.predict import DualMap
-from asap_jax.potentials.directions import gaussian
+import numpy as np
+
+from asap_jax.compiler.candidates import (
+  CUTS,
+  DIAGONAL,
+  FAMILIES,
+  STARTS,
+  Family,
+  Point,
+  choose,
+  predicted_tv,
+)
+from asap_jax.compiler.clock import attention_call, milliseconds_in_turn
+from asap_jax.compiler.measuring import by_ott
+from asap_jax.compiler.operators import Operator, Sinkhorn, Softmax
+from asap_jax.compiler.prepared import PreparedLayer, fidelity_tv
+from asap_jax.compiler.report import TEACHER
+from asap_jax.teacher.starts import Start
+
+# A fit may come closer than is predicted by this factor; of families without a fit, and
+# of those with some.
+_HOPE, _OWN_HOPE = 1.25, 1.05
+# Of the time of the choice so far: less is not worth a fit.
+_GAIN = 0.03
+# Of timing, beyond five rounds, for a site.
+_SECONDS = 1.5
 
 
-class Choice:
-  """What was measured on one attention site, and the fastest that reaches the target.
+class Candidate(NamedTuple):
+  """An operator of each layer of a site, the largest TV of them, and their times."""
 
-  Layers that a scan runs through one site share their operator: it must be close enough
-  in all of them, and its time is the sum of theirs.
-  """
-
-  def __init__(self, target_tv: float):
-    self._target = target_tv
-    self.measured: list[list[Measured]] = []  # of each operator, of each layer
+  operators: tuple[Operator, ...]
+  tvs: tuple[float, ...]
+  milliseconds: tuple[float, ...] = ()
 
   @property
-  def best(self) -> list[Measured] | None:
-    """The fastest that reaches the target, or `None`."""
-    good = [each for each in self.measured if max(m.tv for m in each) <= self._target]
-    return min(good, key=_milliseconds, default=None)
-
-  def could_win(self, milliseconds: float) -> bool:
-    """Whether an operator as fast as this would be chosen, if only it were close."""
-    best = self.best
-    return best is None or milliseconds < _milliseconds(best)
+  def point(self) -> Point:
+    """Time of all layers, and the TV of the farthest."""
+    return Point(sum(self.milliseconds), max(self.tvs))
 
 
-def select(
-  teacher: Observer, options: FitOptions, target_tv: float
-) -> tuple[list[list[Measured]], list[Measured], list[FittedLayer]]:
-  """The fastest operator of each site whose TV is at most `target_tv`.
+class Selection(NamedTuple):
+  """What was measured on a site, by label, and the label of what is to stand there."""
 
-  Candidates are Sinkhorn cut short, and dual maps without a sort, on a quarter of the
-  slices and on all, followed by one or two closures (or as many as `options` say); and
-  linear maps without a sort, which cost next to nothing, followed by up to five. The
-  time of a map does not depend on its parameters, so a map is fitted only where it
-  would be faster than the best so far.
+  measured: dict[str, Candidate]
+  chosen: str
 
-  Returns:
-    For each layer all that was measured, the teacher first; what was chosen; and the
-    last fit, if there was one.
+
+def select(layers: Sequence[PreparedLayer], target_tv: float) -> Selection:
+  """The fastest operator of a site that comes within `target_tv` in all its layers.
+
+  Args:
+    layers: those that run through the site: one, or those of a scan, which share their
+      operator.
+    target_tv: largest TV to the teacher's plans, mean over heads and rows.
   """
-  layers = teacher.layers
-  members = [
-    [i for i, layer in enumerate(layers) if layer.site is site]
-    for site in teacher.sites
-  ]
-  choices = [Choice(target_tv) for _ in members]
-  of_cuts = measure(teacher, [cuts(layer.site.teacher) for layer in layers])
-  for choice, of_site in zip(choices, members, strict=True):
-    # Behind the teacher and before its uncut form stand those that stop earlier.
-    choice.measured = [
-      list(each) for each in zip(*(of_cuts[i][1:-1] for i in of_site), strict=True)
-    ]
-  candidates = list(_candidates(options))
-  times = _untrained_milliseconds(teacher, candidates)
-  fits: list[FittedLayer] = []
-  # Fastest first: once one is close enough, nothing slower need be fitted.
-  for place in sorted(range(len(candidates)), key=lambda place: sum(times[place])):
-    open_sites = [
-      site
-      for site, (choice, of_site) in enumerate(zip(choices, members, strict=True))
-      if choice.could_win(sum(times[place][i] for i in of_site))
-    ]
-    if not open_sites:
-      continue
-    wanted = {i for site in open_sites for i in members[site]}
-    fits = fit_layers(teacher, candidates[place], wanted)
-    measured = measure(teacher, [[Asap(fit.dual_map)] for fit in fits])
-    for place in open_sites:
-      choices[place].measured.append([measured[i][1] for i in members[place]])
-  chosen: list[Measured] = [
-    min(of_layer[0], of_layer[-1], key=lambda m: m.milliseconds)._replace(
-      label=of_layer[0].label
-    )
-    for of_layer in of_cuts
-  ]
-  for site, choice, of_site in zip(teacher.sites, choices, members, strict=True):
-    best = choice.best
-    if best is None:
-      warnings.warn(
-        f"{site.name}: no operator reaches target_tv={target_tv}; the teacher's "
-        "Sinkhorn attention stays there, with all its iterations",
-        stacklevel=3,
+  search = _Search(layers, target_tv)
+  search.run()
+  return search.result()
+
+
+class _Search:
+  """What is known so far of a site's candidates."""
+
+  def __init__(self, layers: Sequence[PreparedLayer], target_tv: float):
+    self._layers, self._target = layers, target_tv
+    self._teacher = layers[0].layer.site.teacher
+    self._found = self._unlearned()
+    self._fitted: dict[tuple[str, int], float] = {}
+    # Of the maps' first numbers of closures; those of others follow from the cuts.
+    dim = layers[0].layer.dim
+    self._families = [family for family in FAMILIES if family.slices <= dim]
+    self._base: dict[str, float] = {}
+
+  @property
+  def _cuts(self) -> list[int]:
+    return [k for k in CUTS if k < self._teacher.iterations]
+
+  def _unlearned(self) -> dict[str, Candidate]:
+    """The exact iterations, fewer of them, and Gaussian starts."""
+    count = self._teacher.iterations
+    exact = dataclasses.replace(self._teacher, implementation="xla")
+    zeros = (0.0,) * len(self._layers)
+    found = {
+      TEACHER: self._shared(by_ott(self._teacher), zeros),
+      f"sinkhorn@{count}": self._shared(exact, zeros),
+    }
+    most = max(self._cuts, default=0)
+    if most:
+      tvs = [layer.tv_of_iterations(most) for layer in self._layers]
+      for k in self._cuts:
+        cut = dataclasses.replace(exact, iterations=k)
+        found[f"sinkhorn@{k}"] = self._shared(cut, [tv[k - 1] for tv in tvs])
+    starts = [start for start in STARTS if start != self._teacher.start]
+    for start in cast(Sequence[Start], starts):
+      tvs = [layer.tv_of_iterations(2, start) for layer in self._layers]
+      for k in range(1, min(2, count) + 1):
+        begun = Sinkhorn(k, "xla", start)
+        found[f"{start}@{k}"] = self._shared(begun, [tv[k - 1] for tv in tvs])
+    # Softmax is half a closure that predicts nothing: only its time is of use.
+    softmax = {"softmax": self._shared(Softmax(), [1.0] * len(self._layers))}
+    timed = self._timed(found | softmax)
+    self._half_ms = timed.pop("softmax").point.milliseconds
+    return timed
+
+  def _shared(self, operator: Operator, tvs: Sequence[float]) -> Candidate:
+    return Candidate((operator,) * len(self._layers), tuple(map(float, tvs)))
+
+  def _timed(
+    self, found: dict[str, Candidate], seconds: float = 0.0
+  ) -> dict[str, Candidate]:
+    """The same with times, measured in turn."""
+    runs = {
+      (label, place): attention_call(operator, layer.timed)
+      for label, candidate in found.items()
+      for place, (operator, layer) in enumerate(
+        zip(candidate.operators, self._layers, strict=True)
       )
-      continue
-    for index, of_layer in zip(of_site, best, strict=True):
-      chosen[index] = of_layer
-  everything: list[list[Measured]] = [
-    [of_layer[0], of_layer[-1]] for of_layer in of_cuts
-  ]
-  for choice, of_site in zip(choices, members, strict=True):
-    for each in choice.measured:
-      for index, of_layer in zip(of_site, each, strict=True):
-        everything[index].append(of_layer)
-  return everything, chosen, fits
+    }
 
+    def with_times(times):
+      return {
+        label: candidate._replace(
+          milliseconds=tuple(times[label, i] for i in range(len(self._layers)))
+        )
+        for label, candidate in found.items()
+      }
 
-def _candidates(options: FitOptions) -> Iterator[FitOptions]:
-  unsorted = tuple(k for k in options.features if k not in ("potentials", "transport"))
-  few = max(1, options.slices // 4)
-  if unsorted and options.hidden:
-    for closures in sorted({2, 5, options.closures}):
-      yield options._replace(features=unsorted, hidden=0, closures=closures)
-  for closures in sorted({1, 2, options.closures}):
-    common = options._replace(closures=closures)
-    if unsorted:
-      yield common._replace(features=unsorted)
-    if unsorted != options.features:
-      for slices in sorted({few, options.slices}):
-        yield common._replace(slices=slices)
+    def decide(times):
+      return self._choice(with_times(times))
 
+    return with_times(milliseconds_in_turn(runs, decide, seconds))
 
-def _untrained_milliseconds(
-  teacher: Observer, candidates: list[FitOptions]
-) -> list[list[float]]:
-  """Times of each candidate on each layer, on one held-out batch."""
-  calls = next(teacher.activations("Timing", held_out=True), None)
-  if calls is None:
-    raise ValueError(
-      "batches holds a single batch: expected at least two, one of them to measure on"
+  def _choice(self, found: dict[str, Candidate]) -> str:
+    return choose({label: each.point for label, each in found.items()}, self._target)
+
+  def run(self) -> None:
+    """Fits maps while one may be faster than the choice so far, and close enough."""
+    while (place := self._next()) is not None:
+      family, count = place
+      fits = [layer.fit(family, count) for layer in self._layers]
+      operators, tvs = zip(*fits, strict=True)
+      self._fitted[family.name, count] = max(tvs)
+      new = Candidate(operators, tvs)
+      label = family.label(count)
+      self._found[label] = self._timed({label: new})[label]
+
+  def result(self) -> Selection:
+    """All that was measured, timed in turn, and the choice."""
+    best = self._found[self._choice(self._found)].point.milliseconds
+    # What is far slower keeps its first times.
+    near = {k: v for k, v in self._found.items() if v.point.milliseconds < 3.0 * best}
+    found = self._found | self._timed(near, _SECONDS)
+    # Fits are judged by the algebra of the fit: what is to stand, by its own plans.
+    verified: set[str] = set()
+    while (label := self._choice(found)) not in verified:
+      verified.add(label)
+      if label in (TEACHER, f"sinkhorn@{self._teacher.iterations}"):
+        break
+      tvs = [
+        fidelity_tv(layer.held_out, operator, self._teacher)
+        for layer, operator in zip(self._layers, found[label].operators, strict=True)
+      ]
+      found[label] = found[label]._replace(tvs=tuple(tvs))
+    return Selection(found, label)
+
+  def _next(self) -> tuple[Family, int] | None:
+    """The map to fit next: the one that is expected to be the fastest within reach."""
+    best = self._found[self._choice(self._found)].point.milliseconds
+    worth = (1.0 - _GAIN) * best
+    if not self._fitted:
+      # All others are expected in terms of this one.
+      least = min(self._closures_ms(0), self._closures_ms(1))
+      return (DIAGONAL, 1) if least < worth else None
+    places = []
+    for family in self._families:
+      count = self._within_reach(family)
+      if count is not None and self._is_faster(family, count, worth):
+        places.append((self._expected_ms(family, count), family, count))
+    return min(places, key=lambda each: each[0])[1:] if places else None
+
+  def _within_reach(self, family: Family) -> int | None:
+    """The least number of closures not fitted yet that may come close enough."""
+    own = any(name == family.name for name, _ in self._fitted)
+    reach = (_OWN_HOPE if own else _HOPE) * self._target
+    for count in family.counts:
+      tv = self._fitted.get((family.name, count))
+      if tv is None:
+        if predicted_tv(family, count, self._fitted) <= reach:
+          return count
+      elif tv <= self._target:
+        break  # more closures are slower
+    return None
+
+  def _is_faster(self, family: Family, count: int, worth: float) -> bool:
+    """Whether a map is expected to take less; those within it are timed first.
+
+    What takes longest to compile is seldom reached.
+    """
+    within = [other for other in self._families if family.holds(other)]
+    return self._closures_ms(count) < worth and all(
+      self._expected_ms(other, count) < worth for other in within
     )
-  times = [
-    operator_milliseconds(
-      of_layer[0],
-      [Asap(_untrained(candidate, layer)) for candidate in candidates],
+
+  def _closures_ms(self, count: int) -> float:
+    """Time of so many closures: that of as many iterations."""
+    if count == 0:
+      return self._half_ms
+    counts = [*self._cuts, self._teacher.iterations]
+    times = [self._found[f"sinkhorn@{k}"].point.milliseconds for k in counts]
+    return float(np.interp(count, counts, times))
+
+  def _expected_ms(self, family: Family, count: int) -> float:
+    """Time of a map: of its first number of closures, and of those beyond."""
+    first = family.counts[0]
+    if family.name not in self._base:
+      self._base[family.name] = self._untrained_ms(family, first)
+    return self._base[family.name] + (
+      0.0 if count == first else self._closures_ms(count) - self._closures_ms(first)
     )
-    for layer, of_layer in zip(teacher.layers, calls, strict=True)
-  ]
-  return [list(of_candidate) for of_candidate in zip(*times, strict=True)]
 
+  def _untrained_ms(self, family: Family, count: int) -> float:
+    """Time of a map before it is fitted, in turn with the exact iterations.
 
-def _untrained(options: FitOptions, layer: Layer) -> DualMap:
-  heads, dim = layer.heads, layer.dim
-  columns = feature_count(options.features, options.slices, dim)
-  network = None
-  rng = jax.random.key(0)
-  if options.hidden and options.refine_steps:
-    network = init_network(rng, heads, dim, columns, options.hidden)
-  directions = gaussian(rng, heads, options.slices, dim)
-  weights = jnp.zeros((heads, columns))
-  dual_map = DualMap(directions, weights, options.features, network)
-  return dual_map.with_closures(options.closures)
-
-
-def _milliseconds(of_layers: list[Measured]) -> float:
-  return sum(measured.milliseconds for measured in of_layers)
+    A machine is not as fast at all times: the ratio of the two lasts.
+    """
+    exact = f"sinkhorn@{self._teacher.iterations}"
+    runs = {
+      (label, place): attention_call(operator, layer.timed)
+      for place, layer in enumerate(self._layers)
+      for label, operator in (
+        (exact, self._found[exact].operators[place]),
+        (family.name, layer.untrained(family, count)),
+      )
+    }
+    times = milliseconds_in_turn(runs)
+    before, own = (
+      sum(ms for (name, _), ms in times.items() if name == label)
+      for label in (exact, family.name)
+    )
+    return self._found[exact].point.milliseconds * own / before

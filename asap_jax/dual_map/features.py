@@ -19,6 +19,7 @@ Queries here already carry the scale of the logits: $S = Q K^T$.
 """
 
 import functools
+import itertools
 import operator
 from typing import NamedTuple
 
@@ -64,7 +65,25 @@ def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
   """
   if not features or tuple(kind for kind in KINDS if kind in features) != features:
     raise ValueError(f"features={features}: expected some of {KINDS}, in that order")
-  sizes = {
+  sizes = _sizes(slices, dim)
+  return sum(sizes[kind] for kind in features)
+
+
+def split_columns(
+  columns: Float[Array, "*batch features"],
+  features: tuple[str, ...],
+  slices: int,
+  dim: int,
+) -> dict[str, Float[Array, "*batch columns"]]:
+  """The columns of each kind of features."""
+  sizes = _sizes(slices, dim)
+  ends = list(itertools.accumulate(sizes[kind] for kind in features))
+  parts = jnp.split(columns, ends[:-1], axis=-1)
+  return dict(zip(features, parts, strict=True))
+
+
+def _sizes(slices: int, dim: int) -> dict[str, int]:
+  return {
     "potentials": slices,
     "query": dim,
     "cumulants": 2,
@@ -72,7 +91,6 @@ def feature_count(features: tuple[str, ...], slices: int, dim: int) -> int:
     "gaussian_diagonal": dim,
     "gaussian": 1,
   }
-  return sum(sizes[kind] for kind in features)
 
 
 def dual_features(
@@ -215,6 +233,17 @@ def _cumulants(
     deviations = centred * jnp.sqrt(mass)[..., None]
     moved = exact_einsum("...nd,...md->...nm", query, deviations)
     return [first, jnp.sum(moved * moved, axis=-1, keepdims=True)]
+  return [first, spread(query, key, key_weights)[..., None]]
+
+
+def spread(
+  query: Float[Array, "*batch n dim"],
+  key: Float[Array, "*batch m dim"],
+  key_weights: Masses = None,
+) -> Float[Array, "*batch n"]:
+  """Variance over keys of each query's products, by the covariance of the keys."""
+  mass = normalised(key_weights, key.shape[-2])
+  centred = centre(key, key_weights, axis=-2)
   covariance = exact_einsum("...md,...me->...de", centred * mass[..., None], centred)
   moved = exact_einsum("...nd,...de->...ne", query, covariance)
-  return [first, jnp.sum(moved * query, axis=-1, keepdims=True)]
+  return jnp.sum(moved * query, axis=-1)

@@ -18,9 +18,17 @@ from asap_jax.dual_map.features import (
   Features,
   feature_count,
   features_of,
+  split_columns,
+  spread,
 )
 from asap_jax.dual_map.network import Leaf, Network, apply_network
-from asap_jax.masses import Masses, Side, centre
+from asap_jax.masses import Masses, Side, centre, mean
+from asap_jax.potentials.gaussian import (
+  clouds_of,
+  diagonal_form,
+  low_rank_form,
+  row_sums_of,
+)
 
 
 class Steps(TypedDict):
@@ -74,6 +82,11 @@ class DualMap:
     if self.half:
       return 0
     return 1 if self.relaxation is None else 1 + self.relaxation.shape[-1]
+
+  @property
+  def is_sliced(self) -> bool:
+    """Whether it sorts along slices."""
+    return "potentials" in self.features or "transport" in self.features
 
   @property
   def steps(self) -> Steps:
@@ -176,9 +189,38 @@ def linear_dual(
     products: query key^T, `[..., heads, n, m]`, finite at absent points too.
   """
   tokens = _from_side(dual_map, query, key, query_weights, key_weights)
+  own, other, *weights = tokens
   if dual_map.side == "key":
     products = jnp.swapaxes(products, -1, -2)
-  return _linear(dual_map, _features(dual_map, *tokens, products))
+  if dual_map.is_sliced:
+    return _linear(dual_map, _features(dual_map, *tokens, products))
+  of_kind = split_columns(dual_map.weights, dual_map.features, 0, own.shape[-1])
+  clouds = clouds_of(own, other, *weights)
+  # All that is linear or square in the coordinates is one pass over them.
+  linear = square = jnp.zeros_like(clouds.mean_x)
+  dual = jnp.zeros(own.shape[:-1])
+  if "query" in of_kind:
+    linear = linear + of_kind["query"][..., None, :]
+  if "cumulants" in of_kind:
+    first, second = jnp.split(of_kind["cumulants"][..., None], 2, axis=-2)
+    linear = linear + first * clouds.mean_y
+    dual = dual + second[..., 0] * _spread(own, other, weights[1], products)
+  if "gaussian_diagonal" in of_kind:
+    square = of_kind["gaussian_diagonal"][..., None, :] * diagonal_form(clouds)
+    linear = linear - 2.0 * square * clouds.mean_x
+  if "gaussian" in of_kind:
+    dual = dual + of_kind["gaussian"] * low_rank_form(clouds)
+  return dual + row_sums_of(clouds.x * (linear + square * clouds.x))
+
+
+def _spread(query: Array, key: Array, key_weights: Masses, products: Array) -> Array:
+  """Second cumulant of each query's products, `[..., n]`."""
+  if key.shape[-2] > 2 * key.shape[-1]:
+    # Two products with a covariance take less than three passes over all pairs.
+    return spread(query, key, key_weights)
+  by_key = None if key_weights is None else key_weights[..., None, :]
+  deviations = products - mean(products, by_key)
+  return mean(deviations**2, by_key)[..., 0]
 
 
 def _from_side(

@@ -109,14 +109,14 @@ def gaussian_potential(
   x = clouds.x - clouds.mean_x
   inside = jnp.zeros(())
   if covariances == "diagonal":
-    moved = _diagonal(clouds) * x
+    moved = diagonal_form(clouds) * x
   elif covariances == "full":
     moved = exact_einsum("...nd,...de->...ne", x, _full(clouds))
   else:
     diagonal, inside = _low_rank(clouds, rank)
     moved = diagonal * x
   # The mean query's share is left out: a constant, which may be large.
-  f = -_row_sums(x * (clouds.mean_y + 0.5 * moved)) - 0.5 * inside
+  f = -row_sums_of(x * (clouds.mean_y + 0.5 * moved)) - 0.5 * inside
   return zero_invalid(f, clouds.x_weights)
 
 
@@ -153,13 +153,13 @@ def clouds_of(
 
 def diagonal_squares(clouds: Clouds) -> Float[Array, "*batch n dim"]:
   """v_j (x_j - a_j)^2 with each coordinate's own v_j, anything at absent points."""
-  return _diagonal(clouds) * (clouds.x - clouds.mean_x) ** 2
+  return diagonal_form(clouds) * (clouds.x - clouds.mean_x) ** 2
 
 
 def low_rank_form(clouds: Clouds, rank: int = RANK) -> Float[Array, "*batch n"]:
   """(x - a)^T V (x - a), exact along few directions, anything at absent points."""
   diagonal, inside = _low_rank(clouds, rank)
-  return _row_sums(diagonal * (clouds.x - clouds.mean_x) ** 2) + inside
+  return row_sums_of(diagonal * (clouds.x - clouds.mean_x) ** 2) + inside
 
 
 def _low_rank(clouds: Clouds, rank: int) -> tuple[Array, Array]:
@@ -188,7 +188,7 @@ def _low_rank(clouds: Clouds, rank: int) -> tuple[Array, Array]:
   both = 2.0 * _weighted_sums(along_y, y, y_weights)
   both = both - exact_einsum("...sr,...sd->...rd", of_y, basis)
   dual = exact_einsum("...rs,...sd->...rd", inverse, basis)
-  diagonal = _diagonal(clouds, jnp.sum(dual * both, axis=-2, keepdims=True))
+  diagonal = diagonal_form(clouds, jnp.sum(dual * both, axis=-2, keepdims=True))
   of_diagonal = exact_einsum("...rd,...sd->...rs", basis * diagonal, basis)
   correction = _coefficients(of_x, of_y) - _product(inverse, of_diagonal)
   correction = _product(correction, inverse)
@@ -204,7 +204,7 @@ def _full(clouds: Clouds) -> Float[Array, "*batch dim dim"]:
   )
 
 
-def _diagonal(clouds: Clouds, without: Array | None = None) -> Array:
+def diagonal_form(clouds: Clouds, without: Array | None = None) -> Array:
   """v_j of each coordinate by itself, `[..., 1, dim]`, less variances of y."""
   a = _mean((clouds.x - clouds.mean_x) ** 2, clouds.x_weights)
   b = _mean((clouds.y - clouds.mean_y) ** 2, clouds.y_weights)
@@ -368,7 +368,7 @@ def _basis(vectors: Float[Array, "*batch rank dim"]) -> tuple[Array, Array]:
 
 def _mean(points: Array, weights: Masses) -> Float[Array, "*batch 1 dim"]:
   """Mean of points that are finite everywhere; masses enter by a product, as ones do in
-  `_row_sums`: with a mask the diagonal potentials of 8 clouds of 1,024 take 2 ms
+  `row_sums_of`: with a mask the diagonal potentials of 8 clouds of 1,024 take 2 ms
   instead of 14.
   """
   if weights is None:
@@ -378,7 +378,7 @@ def _mean(points: Array, weights: Masses) -> Float[Array, "*batch 1 dim"]:
   return exact_einsum("...n,...nd->...d", mass, points)[..., None, :]
 
 
-def _row_sums(values: Float[Array, "*batch n dim"]) -> Float[Array, "*batch n"]:
+def row_sums_of(values: Float[Array, "*batch n dim"]) -> Float[Array, "*batch n"]:
   """Sums over the last axis, as a product with ones.
 
   XLA writes sums over rows of an expression with broadcast parts as a slow loop on a

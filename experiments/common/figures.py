@@ -64,7 +64,7 @@ def frontier_of(rows: Rows) -> dict[str, list[Alternative]]:
     plotting.CUTS_FAMILY: [*cuts, *teachers],
     "softmax in its place": [p for p in points if p.label == "softmax_swap"],
     "ridge, random slices": [p for p in points if p.label == "ridge"],
-    "compiled": [p for p in points if p.label.startswith("asap")],
+    "compiled": [p for p in points if p.label == "best" or p.label.startswith("asap")],
   }
   return {name: found for name, found in families.items() if found}
 

@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from asap_jax.attention.inputs import Activation
+from asap_jax.compiler.clock import operator_milliseconds
 from asap_jax.compiler.fidelity import (
   FidelitySums,
   fidelity_sums,
-  operator_milliseconds,
   plan_of,
 )
 from asap_jax.compiler.operators import Operator, Sinkhorn, Softmax, operator_of

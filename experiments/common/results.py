@@ -110,8 +110,9 @@ def pooled_row(per_seed: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
   """One row from those of all seeds, `None` where a seed has no such row.
 
   `accuracies` lists them, `None` where there is none; `accuracy_std` is their
-  deviation, from two seeds on. Lists and `layers` are means place by place. A mean that
-  no seed has is `None`.
+  deviation, from two seeds on. `chosen` lists what every seed chose, likewise, for
+  seeds may differ. Other lists and `layers` are means place by place. A mean that no
+  seed has is `None`.
   """
   rows = [row for row in per_seed if row is not None]
   pool: dict[str, Any] = {}
@@ -119,6 +120,8 @@ def pooled_row(per_seed: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     values = [row[name] for row in rows]
     if name == "layers":
       pool[name] = [_means(of_layer) for of_layer in zip(*values, strict=True)]
+    elif name == "chosen":
+      pool[name] = [None if row is None else row[name] for row in per_seed]
     elif isinstance(first, str) or name in _EXACT:
       pool[name] = first
     else:

@@ -4,6 +4,7 @@ python -m experiments.frozen_layer --teacher W.npz --inputs I.npz --heads H --ou
 """
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from experiments.common.frozen_teachers import (
   load_inputs,
   load_teacher,
 )
+from experiments.common.recipes import about_compiling, plain_recipe
 from experiments.common.results import (
   options_of,
   print_end,
@@ -102,45 +104,32 @@ def compile_all(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
   """Compiled models by their method, and what compiling adds to their rows.
 
-  `ridge` is the paper's plain form: random slices, potentials alone, no refinement.
-  `asap_unsorted@5` is a linear map without slices and five closures: next to nothing
-  but the closures themselves.
+  `ridge` is the paper's plain form. `asap_unsorted@5` is a linear map without slices
+  and five closures: next to nothing but the closures themselves. `best` is chosen by
+  measurement.
   """
-  own: dict[str, Any] = {"features": tuple(args.features)}
+  own = asap_jax.Recipe(args.slices, features=tuple(args.features))
   if args.refine_steps is not None:
-    own["refine_steps"] = args.refine_steps
-  options: dict[str, dict[str, Any]] = {
-    "ridge": {
-      "directions": "gaussian",
-      "features": ("potentials",),
-      "refine_steps": 0,
-      "closures": 1,
-    },
-    "asap": {**own, "closures": args.closures},
-    "asap@2": {**own, "closures": 2},
-    UNSORTED: {
-      **own,
-      "features": ("query", "cumulants"),
-      "hidden": 0,
-      "closures": 5,
-    },
+    own = dataclasses.replace(own, refine_steps=args.refine_steps)
+  recipes: dict[str, asap_jax.Recipe | None] = {
+    "ridge": plain_recipe(args.slices),
+    "asap": dataclasses.replace(own, closures=args.closures),
+    "asap@2": dataclasses.replace(own, closures=2),
+    UNSORTED: dataclasses.replace(
+      own, features=("query", "cumulants"), hidden=0, closures=5
+    ),
+    "best": None,
   }
   models: dict[str, Any] = {}
   about: dict[str, dict[str, Any]] = {}
-  for name, of_method in options.items():
-    same = [other for other in models if options[other] == of_method]
+  for name, recipe in recipes.items():
+    same = [other for other in models if recipes[other] == recipe]
     if same:  # --closures 2
       models[name], about[name] = models[same[0]], about[same[0]]
       continue
-    models[name], report = asap_jax.compile(
-      teacher, batches, args.slices, seed=args.seed, **of_method
-    )
+    models[name], report = asap_jax.compile(teacher, batches, recipe, seed=args.seed)
     print(f"{name}:\n{report}")
-    about[name] = {
-      "slices": 0 if name == UNSORTED else args.slices,
-      "closures": of_method["closures"],
-      "compile_seconds": report.seconds,
-    }
+    about[name] = about_compiling(recipe, report)
   return models, about
 
 

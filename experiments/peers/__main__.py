@@ -147,7 +147,10 @@ def derived(
   makers = {
     "sinkhorn_scaling": lambda: replacements.cut_sinkhorn(teacher, ITERATIONS),
     "asap": lambda: asap_jax.compile(
-      teacher, batches_of(split.inputs, 64), refine_steps=refine_steps, seed=seed
+      teacher,
+      batches_of(split.inputs, 64),
+      asap_jax.Recipe(refine_steps=refine_steps),
+      seed=seed,
     )[0],
   }
   return {name: make() for name, make in makers.items() if name in names}

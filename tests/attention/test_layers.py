@@ -64,6 +64,7 @@ def test_twenty_iterations_are_the_default():
   assert np.abs(expected - expected_output(layer, 2 * X, 2 * X, 10)).max() > 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [
@@ -163,6 +164,7 @@ def test_dual_map_of_the_module_is_what_it_was_given():
   assert held.features == ("potentials",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "half", [pytest.param(False, marks=pytest.mark.slow), True], ids=["closures", "half"]
 )

@@ -159,6 +159,7 @@ def start_in_float64(q, k, masks, side, start):
   return gaussian_references.potential(q, k, masks, covariances, side=side)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("implementation", "iterations"),
   [
@@ -207,6 +208,7 @@ def test_gradient_flows_through_the_start(start, implementation, iterations):
       assert abs(still - expected) > 0.02 * abs(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_padding_that_is_not_finite_reaches_no_value_and_no_gradient(iterations):
   masks = [mask[..., None, None] for mask in (QUERY_MASK, KEY_MASK, KEY_MASK)]
@@ -244,6 +246,7 @@ def column_errors(query, key, **options):
   return float(column_error(plans).mean())
 
 
+@pytest.mark.slow
 def test_columns_are_far_better_than_from_zero_where_logits_are_sharp():
   rng = np.random.default_rng(3)
   skew = rng.normal(size=(2, DIM, DIM))

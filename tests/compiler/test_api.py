@@ -15,7 +15,7 @@ from asap_jax.compiler.sites import find_sinkhorn
 
 SLICES, DIM = 4, models.WIDTH // models.HEADS
 SIZES = range(models.HEADS)
-compile = functools.partial(asap_jax.compile, refine_steps=0, progress=False)
+compile = functools.partial(models.compile_recipe, refine_steps=0)
 
 
 def one_layer():
@@ -109,7 +109,6 @@ def test_dual_map_is_the_ridge_regression_of_the_source_dual():
 def test_report_of_a_layer_against_numpy():
   report = models.compiled().report
   layer = report.layers[0]
-  assert (report.slices, report.batches, report.tokens) == (SLICES, 5, 800)
   assert (layer.name, layer.iterations) == ("blocks.0.attention", models.ITERATIONS)
   duals, columns, logits = expected_batch(1)
   weights = np.float64(dual_map_of(models.compiled().model).weights)
@@ -140,7 +139,7 @@ def test_report_prints_every_layer_and_head():
     for head in SIZES:
       for value in (layer.r2[head], layer.tv[head], layer.kl[head]):
         assert f" {value:.4f} " in lines[first + head]
-  assert "fitted on 5 batches (800 tokens)" in str(report)
+  assert lines[0] == report.headline
   assert max(map(len, lines)) <= 100
 
 
@@ -173,12 +172,14 @@ def test_compiled_output_is_near_that_of_the_teacher():
   assert error < 0.7 * of_cut
 
 
+@pytest.mark.slow
 def test_batches_that_can_be_read_only_once_give_the_same():
   expected = compile(one_layer(), models.batches()[:3], 2).model
   actual = compile(one_layer(), iter(models.batches()[:3]), 2).model
   models.assert_same_state(actual, expected)
 
 
+@pytest.mark.slow
 def test_random_directions_depend_on_the_seed_alone():
   run = functools.partial(compile, batches=models.batches()[:2], slices=12)
   first, again, other = (
@@ -207,7 +208,6 @@ def test_padded_dictionaries_of_inputs_give_the_same_as_bare_tokens():
       batch["tokens"], nnx.make_attention_mask(batch["valid"], batch["valid"])
     ),
   )
-  assert padded.report.tokens == bare.report.tokens == 2 * 16 * models.TOKENS
   for name in ("r2", "tv", "kl", "column_error", "teacher_column_error"):
     expected, actual = (
       getattr(result.report.layers[0], name) for result in (bare, padded)
@@ -215,12 +215,12 @@ def test_padded_dictionaries_of_inputs_give_the_same_as_bare_tokens():
     np.testing.assert_allclose(actual, expected, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_layer_called_twice_is_calibrated_on_both_calls():
   model = models.toy()
   model.blocks[1] = model.blocks[0]
   result = compile(model, models.batches()[:3], 2)
   assert len(result.report.layers) == 1
-  assert result.report.tokens == 2 * 2 * 16 * models.TOKENS
   assert result.model.blocks[0] is result.model.blocks[1]
   assert find_sinkhorn(result.model) == []
 

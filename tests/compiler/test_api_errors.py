@@ -6,9 +6,7 @@ import pytest
 from flax import nnx
 from helpers import models
 
-import asap_jax
-
-compile = functools.partial(asap_jax.compile, refine_steps=0, progress=False)
+compile = functools.partial(models.compile_recipe, refine_steps=0)
 
 
 @pytest.fixture(scope="module")

@@ -120,8 +120,8 @@ def test_what_lies_at_padding_changes_nothing():
 def test_dropout_is_off_and_the_mode_of_the_model_stays():
   teacher = models.toy(dropout_rate=0.5)
   batches = models.batches()[:3]
-  model, _ = asap_jax.compile(
-    teacher, batches, 4, features=FEATURES, refine_steps=0, progress=False
+  model, _ = models.compile_recipe(
+    teacher, batches, 4, features=FEATURES, refine_steps=0
   )
   result = distil(model, teacher, batches, 1)
   assert not result.model.blocks[0].attention.deterministic
@@ -183,9 +183,7 @@ def test_what_cannot_be_distilled_is_refused(options, message):
 @pytest.mark.slow
 def test_every_parameter_of_a_map_with_network_and_relaxation_is_trained():
   teacher, batches = models.toy(depth=1), models.batches()[:3]
-  model, _ = asap_jax.compile(
-    teacher, batches, 2, closures=2, refine_steps=2, progress=False
-  )
+  model, _ = models.compile_recipe(teacher, batches, 2, closures=2, refine_steps=2)
   result = distil(model, teacher, batches, 20, check_every=5)
   assert min(result.held_out_loss) < result.held_out_loss[0]
   old, new = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, result.model))

@@ -37,8 +37,34 @@ def layer(name="layers[a].attention", tv=0.12, milliseconds=0.6, **options):
   )
 
 
-def report(*layers):
-  return Report(layers=layers, slices=4, batches=5, tokens=800, seconds=3.0)
+def report(*layers, target_tv=None):
+  times = {"as trained": 9.0, "compiled": 4.5}
+  return Report(layers, times, target_tv, seconds=3.0, device="a chip")
+
+
+def test_the_first_line_says_what_was_gained():
+  exact = Alternative("sinkhorn@20", 0.0, 1.5)
+  layers = layer("one", 0.1, 0.5, alternatives=(exact,)), layer("two", 0.3, 1.0)
+  lines = str(report(*layers)).splitlines()
+  # Teacher 4.0, exact 1.5 + 2.0 where nothing faster was measured, own 1.5.
+  assert lines[0] == (
+    "Attention 2.7 times as fast as trained, 2.33 times as its fastest exact form; "
+    "held-out TV 0.200."
+  )
+  text = " ".join(lines)
+  assert "a chip" in text
+  assert "as trained 9.0, compiled 4.5" in text
+
+
+def test_a_choice_that_stays_exact_is_said_without_alarm():
+  exact = Alternative("sinkhorn@20", 0.0, 1.5)
+  kept = layer(chosen="sinkhorn@20", alternatives=(exact,))
+  last = " ".join(str(report(kept, target_tv=0.05)).split())
+  assert last.endswith(
+    "all 20 iterations stay, in their fastest form: nothing faster comes within TV "
+    "0.05 here."
+  )
+  assert "iterations stay" not in str(report(kept))
 
 
 def test_text_is_the_same_in_a_notebook(monkeypatch):

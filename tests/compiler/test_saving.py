@@ -14,6 +14,7 @@ from helpers.pages import ROOT
 
 import asap_jax
 from asap_jax import AsapAttention, DualMap, load, save, sinkhorn_attention
+from asap_jax.compiler import saving
 from asap_jax.compiler.sites import find_sinkhorn, replace_sites
 
 DIM = models.WIDTH // models.HEADS
@@ -337,3 +338,14 @@ def test_intermediates_are_not_saved(tmp_path):
   save(tmp_path / "model", model)
   loaded = load(tmp_path / "model", models.toy(1))
   np.testing.assert_array_equal(loaded(X), expected)
+
+
+def test_a_model_from_another_kind_of_device_is_loaded_with_a_warning(
+  saved, monkeypatch, recwarn
+):
+  load(saved, models.toy())
+  assert not [w for w in recwarn if "was saved on" in str(w.message)]
+  monkeypatch.setattr(saving, "device_kind", lambda: "TPU v5 lite")
+  with pytest.warns(UserWarning, match="was saved on cpu, and this is TPU v5 lite"):
+    restored = load(saved, models.toy())
+  models.assert_same_state(restored, compiled())

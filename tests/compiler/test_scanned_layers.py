@@ -10,7 +10,7 @@ from helpers import models
 import asap_jax
 
 pytestmark = pytest.mark.slow
-OPTIONS = {"slices": 4, "hidden": 4, "refine_steps": 2, "progress": False}
+OPTIONS = {"slices": 4, "hidden": 4, "refine_steps": 2}
 
 
 class Stacked(nnx.Module):
@@ -37,7 +37,7 @@ def stacked():
 
 @pytest.fixture(scope="module")
 def compiled(stacked):
-  return asap_jax.compile(stacked, models.batches(), **OPTIONS)
+  return models.compile_recipe(stacked, models.batches(), **OPTIONS)
 
 
 def unstacked(stacked):
@@ -51,7 +51,7 @@ def unstacked(stacked):
 
 
 def test_every_layer_is_calibrated_as_it_would_be_alone(stacked, compiled):
-  expected = asap_jax.compile(unstacked(stacked), models.batches(), **OPTIONS)
+  expected = models.compile_recipe(unstacked(stacked), models.batches(), **OPTIONS)
   names = [layer.name for layer in compiled.report.layers]
   assert names == ["blocks.attention[0]", "blocks.attention[1]"]
   for found, wanted in zip(compiled.report.layers, expected.report.layers, strict=True):
@@ -80,4 +80,4 @@ def test_attention_shared_between_mapped_inputs_is_refused_with_a_reason():
   model = Mapped()
   assert jnp.isfinite(model(models.batches()[0])).all()
   with pytest.raises(ValueError, match="transformation that shares it"):
-    asap_jax.compile(model, models.batches(), **OPTIONS)
+    models.compile_recipe(model, models.batches(), **OPTIONS)

@@ -1,12 +1,14 @@
 """A small Transformer with Sinkhorn attention, and inputs for it."""
 
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
 from flax import nnx
 
 import asap_jax
+from asap_jax.compiler import api
 from asap_jax.dual_map.features import FEATURES
 
 HEADS, WIDTH, TOKENS, ITERATIONS = 2, 16, 10, 5
@@ -62,9 +64,16 @@ def teacher():
 @functools.cache
 def compiled():
   """The toy model compiled in the plain form, shared by tests that do not change it."""
-  return asap_jax.compile(
-    teacher(), batches(), 4, features=FEATURES, refine_steps=0, progress=False
-  )
+  return compile_recipe(teacher(), batches(), 4, features=FEATURES, refine_steps=0)
+
+
+def compile_recipe(model, batches, slices=8, *, progress=False, **options):
+  """`asap_jax.compile` with a recipe of these options, those of the call aside."""
+  own = {name: options.pop(name) for name in ("call", "seed") if name in options}
+  recipe = asap_jax.Recipe(slices=slices, **options)
+  # Times of whole models take four programs to compile.
+  with mock.patch.object(api, "model_milliseconds", return_value={}):
+    return asap_jax.compile(model, batches, recipe, progress=progress, **own)
 
 
 @nnx.jit

@@ -99,6 +99,7 @@ def test_many_half_steps_converge_to_sinkhorn():
   np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_half_steps_from_the_gaussian_start(count):
   mask = QUERY_MASK[:, None, :, None] & KEY_MASK[:, None, None, :]

@@ -73,7 +73,9 @@ def report_of(*chosen, alternatives=MEASURED):
     )
     for i, label in enumerate(chosen)
   ]  # fmt: skip
-  return Report(tuple(layers), slices=4, batches=5, tokens=800, seconds=3.0)
+  return Report(
+    tuple(layers), model_milliseconds={"as trained": 9.0}, target_tv=None, seconds=3.0
+  )
 
 
 def test_report_has_a_panel_per_layer_and_rings_what_was_chosen():

@@ -254,6 +254,7 @@ def reference_slopes(arguments, cotangents, covariances):
   return slopes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
   "covariances",

@@ -123,6 +123,7 @@ def values_and_slopes(query, key, *weights):
   return found, slopes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind", ["masses with zeros", pytest.param("masks", marks=pytest.mark.slow)]
 )
@@ -169,6 +170,7 @@ def batches():
   return queries, keys, jnp.arange(N) < jnp.array([[6], [4], [5]])
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_elements():
   together = solve(*batches())
   for index, alone in enumerate(zip(*batches(), strict=True)):

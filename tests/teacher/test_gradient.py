@@ -51,6 +51,7 @@ def masses(weights, shape):
   return weights / weights.sum(-1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [pytest.param(1, marks=pytest.mark.slow), 2, 7])
 @pytest.mark.parametrize(
   "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]

@@ -25,7 +25,10 @@ from asap_jax.attention.implementations.cudnn import (
   unsupported,
 )
 from asap_jax.attention.implementations.cudnn_sums import head_dim
-from asap_jax.attention.implementations.xla import scaled_attention
+from asap_jax.attention.implementations.xla import (
+  predicted_attention,
+  scaled_attention,
+)
 from asap_jax.attention.inputs import Inputs
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.dual_map.predict import DualMap, Steps
@@ -74,13 +77,19 @@ class ClosedPlan:
     """
     close = functools.partial(self._close, precision=precision)
     dual_map, inputs = self.dual_map, self.inputs
-    n, m = inputs.query.shape[-2], inputs.key.shape[-2]
-    short = self.chosen == "xla" and xla_short.is_short(self.count, n, m)
-    if not short or dual_map is None or dual_map.network is not None:
+    if dual_map is None or dual_map.network is not None or self.chosen != "xla":
       return close(value)
-    predict_and_close = functools.partial(
-      xla_short.predicted_values, dual_map, inputs, precision=precision
-    )
+    n, m = inputs.query.shape[-2], inputs.key.shape[-2]
+    # With masks, or from the key side, XLA does not fuse prediction and closures.
+    fuses = all(mask is None for mask in inputs.masks) and dual_map.side == "query"
+    short = xla_short.is_short(self.count, n, m)
+    if short and (fuses or dual_map.is_sliced):
+      fused = xla_short.predicted_values
+    elif dual_map.is_sliced or inputs.bias is not None:
+      return close(value)
+    else:
+      fused = predicted_attention
+    predict_and_close = functools.partial(fused, dual_map, inputs, precision=precision)
     return jax.lax.platform_dependent(value, cpu=predict_and_close, default=close)
 
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:

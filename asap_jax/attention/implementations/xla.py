@@ -15,9 +15,11 @@ from jaxtyping import Array, Float
 
 from asap_jax.attention.implementations import xla_short
 from asap_jax.attention.implementations.blocks import in_cache
-from asap_jax.c_transform.entropic import check_closures
-from asap_jax.c_transform.scaling_domain import scaled_plan
-from asap_jax.masses import Masses, Side
+from asap_jax.attention.inputs import Activation
+from asap_jax.c_transform.entropic import check_closures, row_sums
+from asap_jax.c_transform.scaling_domain import ScaledPlan, scaled_plan
+from asap_jax.dual_map.predict import DualMap, linear_dual
+from asap_jax.masses import Masses, Side, zero_invalid
 
 
 def scaled_attention(
@@ -89,12 +91,80 @@ def _short(count, side, precision, query, key, value, dual, *rest):
   return xla_short.closed_values(logits, dual, value, count, *weights, **steps)
 
 
+def predicted_attention(
+  dual_map: DualMap,
+  seen: Activation,
+  value: Float[Array, "*batch heads m features"],
+  precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*batch heads n features"]:
+  """Values under the closures of a map without slices, predicted block by block.
+
+  The same as `predict_dual` and `scaled_attention`; the cumulants read the products
+  that the kernel is made of.
+
+  Args:
+    dual_map: linear, without slices.
+    seen: queries, keys and masks, without a bias.
+    value: `[..., heads, m, features]`; those of absent keys may hold anything.
+    precision: of the products with keys and values.
+  """
+
+  def block(query, key, value, query_weights, key_weights, *leaves):
+    own = jax.tree.unflatten(structure, leaves)
+    products = _logits(query, key, None, precision)
+    weights = query_weights, key_weights
+    dual = linear_dual(own, query, key, *weights, products=products)
+    if own.closures <= 1:
+      # Few exponentials: a scaling domain would not pay its checks of the range.
+      return xla_short.closed_values(
+        products, dual, value, own.closures, *weights, precision, **own.steps
+      )
+    scaled = scaled_plan(
+      products, dual, own.closures, *weights, **own.steps, finite=True
+    )
+    return _applied(scaled, value, query_weights, key_weights, precision)
+
+  leaves, structure = jax.tree.flatten(dual_map)
+  arguments = seen.query, seen.key, value, *seen.masks, *leaves
+  batch, pairs = seen.query.shape[:-2], seen.query.shape[-2] * seen.key.shape[-2]
+  own = (2, 2, 2, 1, 1, *(leaf.ndim - 1 for leaf in leaves))
+  return in_cache(block, batch, pairs, arguments, own)
+
+
 def _scaling_domain(count, side, precision, query, key, value, dual, *rest):
   *weights, relaxation, momentum, bias = rest
   logits = _logits(query, key, bias, precision)
   steps = {"relaxation": relaxation, "momentum": momentum, "side": side}
-  scaled = scaled_plan(logits, dual, count, *weights, **steps)
-  return scaled.apply(value, weights[1], precision=precision)
+  scaled = scaled_plan(logits, dual, count, *weights, **steps, finite=bias is None)
+  return _applied(scaled, value, weights[0], weights[1], precision)
+
+
+def _applied(
+  scaled: ScaledPlan,
+  value: Array,
+  query_weights: Masses,
+  key_weights: Masses,
+  precision: jax.lax.PrecisionLike,
+) -> Array:
+  """The plan times values, its rows normalised once more.
+
+  XLA makes one loop of a product whose sums are taken beside it, in two thirds of the
+  time of the product alone (JAX 0.10.2, 192 heads of 64 tokens on 2 CPU cores: 1.0
+  instead of 1.5 ms).
+  """
+  dtype = jnp.float32 if value.dtype == jnp.float16 else value.dtype
+  weights = scaled.kernel * scaled.columns[..., None, :]
+  rows = row_sums(query_weights, weights.shape[-2])
+  sums = weights.sum(-1)
+  sums = jnp.where(sums == 0, 1.0, sums)
+  out = jnp.einsum(
+    "...nm,...mv->...nv",
+    weights.astype(dtype),
+    zero_invalid(value, key_weights, axis=-2).astype(dtype),
+    precision=precision,
+    preferred_element_type=weights.dtype,
+  )
+  return (out * (rows / sums)[..., None]).astype(value.dtype)
 
 
 def _logits(

@@ -17,7 +17,7 @@ from asap_jax.masses import Masses, Side, normalised, valid, zero_invalid
 from asap_jax.numerics import float_dtype
 
 # Pairs of a head, and closures, up to which XLA makes one loop over the heads.
-_SHORT, _FEW = 2**16, 3
+_SHORT, _FEW = 2**16, 2
 
 
 def is_short(count: int, n: int, m: int) -> bool:

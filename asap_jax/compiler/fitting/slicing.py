@@ -1,5 +1,6 @@
 """Directions of every layer of a teacher, as they are drawn at first."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -41,6 +42,12 @@ def draw_directions(
     draw(key, layer.heads, slices, layer.dim)
     for key, layer in zip(keys, teacher.layers, strict=True)
   ]
+
+
+def principal_directions(calls: Sequence[Activation], slices: int) -> jax.Array:
+  """Principal directions of one layer, as those of `draw_directions`."""
+  moments = sum(map(_second_moments, calls))
+  return slicing.principal(_balanced(jnp.asarray(moments)), slices)
 
 
 def _principal(teacher: Observer, slices: int) -> list[jax.Array]:

@@ -4,8 +4,8 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Collection, Iterator
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,45 +21,16 @@ from asap_jax.compiler.fitting.ridge import (
 )
 from asap_jax.compiler.fitting.samples import Sample, host_bytes, pooled, sample_of
 from asap_jax.compiler.fitting.scales import add_network
-from asap_jax.compiler.fitting.slicing import DirectionKind, draw_directions
+from asap_jax.compiler.fitting.slicing import draw_directions
 from asap_jax.compiler.operators import Sinkhorn
-from asap_jax.compiler.recording import Layer, Observer
+from asap_jax.compiler.recipes import Objective, Recipe
+from asap_jax.compiler.recording import Observer
 from asap_jax.dual_map.features import dual_features, feature_count
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.masses import centre
 
-# What refinement descends on: KL(teacher plan || compiled plan), or minus the dual
-# objective of the converged problem.
-Objective = Literal["plan", "dual"]
-
 # Activations in memory at once during refinement; of those held out, a quarter.
 _SAMPLE_BYTES = 2**30
-
-
-class FitOptions(NamedTuple):
-  """How dual maps are fitted; the arguments of `asap_jax.compile` of the same names."""
-
-  slices: int
-  closures: int
-  directions: DirectionKind
-  features: tuple[str, ...]
-  hidden: int
-  ridge: float
-  refine_steps: int  # zero for none
-  seed: int
-  progress: bool
-  objective: Objective = "plan"
-
-  def check(self, dim: int) -> None:
-    """Raises ValueError unless the options make sense for heads of dimension `dim`."""
-    feature_count(self.features, self.slices, dim)
-    for name, least in (("closures", 1), ("refine_steps", 0), ("hidden", 0)):
-      if getattr(self, name) < least:
-        raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
-    if self.hidden == 1:
-      raise ValueError("hidden=1: expected at least two units, or 0 for none")
-    if self.objective not in get_args(Objective):
-      raise ValueError(f"objective={self.objective!r}: expected 'plan' or 'dual'")
 
 
 class FittedLayer(NamedTuple):
@@ -71,24 +42,18 @@ class FittedLayer(NamedTuple):
   seconds: float
 
 
-def fit_layers(
-  teacher: Observer, options: FitOptions, chosen: Collection[int] | None = None
-) -> list[FittedLayer]:
-  """Dual maps of all layers; only `chosen` ones are refined, by default all.
+def fit_layers(teacher: Observer, recipe: Recipe, seed: int = 0) -> list[FittedLayer]:
+  """Dual maps of all layers, made by one recipe.
 
   Raises:
     ValueError: if there are too few batches or tokens.
   """
-  drawn = draw_directions(teacher, options.slices, options.directions, options.seed)
-  fitted = _fit_ridge(teacher, drawn, options)
+  drawn = draw_directions(teacher, recipe.slices, recipe.directions, seed)
   fitted = [
-    fit._replace(dual_map=fit.dual_map.with_closures(options.closures))
-    for fit in fitted
+    fit._replace(dual_map=fit.dual_map.with_closures(recipe.closures))
+    for fit in _fit_ridge(teacher, drawn, recipe)
   ]
-  if not options.refine_steps:
-    return fitted
-  chosen = range(len(fitted)) if chosen is None else sorted(chosen)
-  return _refine(teacher, fitted, options, list(chosen))
+  return _refine(teacher, fitted, recipe, seed) if recipe.refine_steps else fitted
 
 
 @functools.partial(jax.jit, static_argnames="features")
@@ -108,9 +73,9 @@ def _regression(
 
 
 def _fit_ridge(
-  teacher: Observer, directions: list[jax.Array], options: FitOptions
+  teacher: Observer, directions: list[jax.Array], recipe: Recipe
 ) -> list[FittedLayer]:
-  features = options.features
+  features = recipe.features
   sums: list[RidgeStatistics] = []
   for drawn in directions:
     heads, slices, dim = drawn.shape
@@ -136,7 +101,7 @@ def _fit_ridge(
     layers, sums, directions, seconds, strict=True
   ):
     try:
-      weights = solve_ridge(statistics, options.ridge)
+      weights = solve_ridge(statistics, recipe.ridge)
     except ValueError as error:
       raise ValueError(f"{layer.name}: {error}") from error
     dual_map = DualMap(drawn, jnp.asarray(weights), features)
@@ -145,90 +110,66 @@ def _fit_ridge(
 
 
 def _refine(
-  teacher: Observer,
-  fitted: list[FittedLayer],
-  options: FitOptions,
-  chosen: list[int],
+  teacher: Observer, fitted: list[FittedLayer], recipe: Recipe, seed: int
 ) -> list[FittedLayer]:
-  """Refines the chosen layers, in parts where not all activations fit into memory."""
-  layers = [teacher.layers[index] for index in chosen]
+  """Refines all layers, in parts where not all activations fit into memory."""
   # Held-out samples come first and stay: every part is judged on them.
   held_out, _ = next(
-    _parts(teacher, chosen, _SAMPLE_BYTES // 4, options.objective, held_out=True),
-    ([], 0),
+    _parts(teacher, _SAMPLE_BYTES // 4, recipe.objective, held_out=True), ([], 0)
   )
   if not held_out:
     raise ValueError(
       "batches holds a single batch: expected at least two, one of them to judge by"
     )
   refiners: list[Refiner] = []
-  seconds = [0.0] * len(chosen)
-  parts = _parts(teacher, chosen, _SAMPLE_BYTES, options.objective, held_out=False)
+  seconds = [0.0] * len(fitted)
+  parts = _parts(teacher, _SAMPLE_BYTES, recipe.objective, held_out=False)
   for pools, batches in parts:
     # A part gets its share of the steps, so that all batches count alike.
-    share = math.ceil(options.refine_steps * batches / fitted[0].batches)
-    for place, index in enumerate(chosen):
+    share = math.ceil(recipe.refine_steps * batches / fitted[0].batches)
+    for index, layer in enumerate(teacher.layers):
       start = time.perf_counter()
-      if len(refiners) <= place:
+      if len(refiners) <= index:
         dual_map = fitted[index].dual_map
+        if recipe.hidden:
+          first = jax.tree.map(lambda leaf: leaf[:256], pools[index][0])
+          rng = jax.random.key(seed)
+          dual_map = add_network(dual_map, first, recipe.hidden, rng)
         refiners.append(
-          _refiner(layers[place], dual_map, pools[place], held_out[place], options)
+          Refiner(
+            dual_map,
+            pools[index],
+            held_out[index],
+            steps=recipe.refine_steps,
+            seed=seed,
+            description=f"Refining {layer.name}",
+            progress=teacher.progress,
+          )
         )
-      refiners[place].run(pools[place], share)
-      seconds[place] += time.perf_counter() - start
-  refined = list(fitted)
-  for index, refiner, spent in zip(chosen, refiners, seconds, strict=True):
-    refined[index] = fitted[index]._replace(
-      dual_map=refiner.result.dual_map, seconds=fitted[index].seconds + spent
-    )
-  return refined
-
-
-def _refiner(
-  layer: Layer,
-  dual_map: DualMap,
-  pools: list[Sample],
-  held_out: list[Sample],
-  options: FitOptions,
-) -> Refiner:
-  if options.hidden:
-    first = jax.tree.map(lambda leaf: leaf[:256], pools[0])
-    dual_map = add_network(
-      dual_map, first, options.hidden, jax.random.key(options.seed)
-    )
-  return Refiner(
-    dual_map,
-    pools,
-    held_out,
-    steps=options.refine_steps,
-    seed=options.seed,
-    description=f"Refining {layer.name}",
-    progress=options.progress,
-  )
+      refiners[index].run(pools[index], share)
+      seconds[index] += time.perf_counter() - start
+  return [
+    fit._replace(dual_map=refiner.result.dual_map, seconds=fit.seconds + spent)
+    for fit, refiner, spent in zip(fitted, refiners, seconds, strict=True)
+  ]
 
 
 def _parts(
-  teacher: Observer,
-  chosen: list[int],
-  size: int,
-  objective: Objective,
-  *,
-  held_out: bool,
+  teacher: Observer, size: int, objective: Objective, *, held_out: bool
 ) -> Iterator[tuple[list[list[Sample]], int]]:
-  """Pools of samples of each chosen layer, and their batches, some bytes at a time."""
+  """Pools of samples of each layer, and their batches, some bytes at a time."""
   stream = teacher.activations("Recording", held_out=held_out)
   for first in stream:
-    kept: list[list[Sample]] = [[] for _ in chosen]
+    kept: list[list[Sample]] = [[] for _ in teacher.layers]
     stored = batches = 0
     for calls in itertools.chain([first], stream):
       batches += 1
-      for index, samples in zip(chosen, kept, strict=True):
-        own = teacher.layers[index].site.teacher
-        for activation in calls[index]:
+      for layer, samples, of_layer in zip(teacher.layers, kept, calls, strict=True):
+        for activation in of_layer:
           sample = (
             objective_sample(activation)
             if objective == "dual"
-            else sample_of(activation, own)
+            else sample_of(activation, layer.site.teacher)
           )
           samples.append(jax.device_get(sample))
           stored += host_bytes(samples[-1])

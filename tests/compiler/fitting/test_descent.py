@@ -34,6 +34,7 @@ def dual_map():
   return asap_jax.DualMap(directions, 0.3 * jax.random.normal(KEYS[3], (3, 8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
 )
@@ -103,6 +104,7 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("network", "clos
 KINDS = pytest.mark.parametrize("kind", ["linear", *SLOW])
 
 
+@pytest.mark.slow
 @KINDS
 def test_refined_map_is_better_on_held_out_batches(samples, kind):
   begun = start(samples, kind)
@@ -123,6 +125,7 @@ def test_refined_map_is_better_on_held_out_batches(samples, kind):
     assert np.abs(network.output).max() > 0.0
 
 
+@pytest.mark.slow
 def test_a_fresh_network_changes_no_prediction(samples):
   sample = samples[0][0]
   grown = start(samples, "network")
@@ -234,12 +237,10 @@ def test_nothing_to_do_is_refused(arguments, message, unchecked):
 @pytest.mark.slow
 def test_compile_refines_and_never_ends_worse_than_the_ridge_fit():
   model, batches = models.teacher(), models.batches()
-  refined = asap_jax.compile(
-    model, batches, slices=4, refine_steps=60, hidden=8, progress=False
+  refined = models.compile_recipe(
+    model, batches, slices=4, refine_steps=60, hidden=8
   ).report
-  plain = asap_jax.compile(
-    model, batches, slices=4, refine_steps=0, progress=False
-  ).report
+  plain = models.compile_recipe(model, batches, slices=4, refine_steps=0).report
   for better, worse in zip(refined.layers, plain.layers, strict=True):
     assert better.kl.mean() <= worse.kl.mean() + 1e-6
   assert refined.layers[0].kl.mean() < 0.95 * plain.layers[0].kl.mean()

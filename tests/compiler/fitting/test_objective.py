@@ -106,6 +106,7 @@ def activations(count, masked, seed=0):
   return batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
 )

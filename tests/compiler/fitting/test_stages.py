@@ -1,5 +1,6 @@
 """Fitting by the dual objective instead of the teacher's plan."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,11 +9,12 @@ import pytest
 from helpers import models, oracles
 
 import asap_jax
-from asap_jax.compiler.fitting.stages import FitOptions, fit_layers
+from asap_jax.compiler.fitting.stages import fit_layers
+from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.recording import Observer
 
 # Nothing is sorted: what compiles fast.
-OPTIONS = FitOptions(
+OPTIONS = Recipe(
   slices=1,
   closures=1,
   directions="gaussian",
@@ -20,8 +22,6 @@ OPTIONS = FitOptions(
   hidden=0,
   ridge=1e-6,
   refine_steps=40,
-  seed=0,
-  progress=False,
   objective="dual",
 )
 BATCHES = models.batches()[:3]
@@ -35,8 +35,8 @@ def teacher():
 
 
 @functools.cache
-def fitted(**options):
-  (layer,) = fit_layers(teacher(), OPTIONS._replace(**options))
+def fitted(seed=0, **options):
+  (layer,) = fit_layers(teacher(), dataclasses.replace(OPTIONS, **options), seed)
   return layer.dual_map
 
 
@@ -83,6 +83,7 @@ def test_the_objective_is_better_on_what_is_held_out():
   assert after[1] < 0.98 * before[1]
 
 
+@pytest.mark.slow
 def test_objectives_part_where_the_teacher_has_not_converged():
   by_objective, by_plan = losses(fitted()), losses(fitted(objective="plan"))
   assert by_objective[1] < by_plan[1]
@@ -101,7 +102,7 @@ def test_the_seed_alone_decides():
 
 @pytest.mark.slow
 def test_a_network_without_slices_is_compiled():
-  compiled, report = asap_jax.compile(
+  compiled, report = models.compile_recipe(
     models.toy(depth=1),
     BATCHES,
     slices=1,
@@ -110,7 +111,6 @@ def test_a_network_without_slices_is_compiled():
     hidden=4,
     refine_steps=40,
     objective="dual",
-    progress=False,
   )
   held = compiled.blocks[0].attention.attention_fn.dual_map
   start = losses(fitted(refine_steps=0, features=("query",)))
@@ -123,6 +123,6 @@ def test_a_network_without_slices_is_compiled():
 @pytest.mark.usefixtures("unchecked")
 def test_an_unknown_objective_is_refused():
   with pytest.raises(ValueError, match="objective='kl': expected 'plan' or 'dual'"):
-    OPTIONS._replace(objective="kl").check(8)
+    dataclasses.replace(OPTIONS, objective="kl").check(8)
   with pytest.raises(ValueError, match="objective='kl'"):
-    asap_jax.compile(models.toy(depth=1), BATCHES, 1, objective="kl", progress=False)
+    models.compile_recipe(models.toy(depth=1), BATCHES, 1, objective="kl")

@@ -22,6 +22,7 @@ def test_files_of_another_kind_are_refused(files):
     load_teacher(files / "teacher.npz", heads=3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TEACHERS.is_dir(), reason="the frozen teachers are not here")
 @pytest.mark.parametrize("name", ["cifar10", "imdb"])
 def test_forward_pass_is_the_reference(name):

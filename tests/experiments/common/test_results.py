@@ -97,6 +97,17 @@ def test_seeds_are_pooled():
   assert [row["method"] for row in found] == ["asap", "esp", "asap"]
 
 
+def test_choices_are_listed_by_seed():
+  # Words have no mean, and seeds may choose differently.
+  best = {"method": "best", "accuracy": 0.5, "compile_seconds": 3.0}
+  one = best | {"chosen": ["half", "sinkhorn@20"]}
+  two = best | {"chosen": ["half", "half"], "compile_seconds": 5.0}
+  (found,) = pooled([[one], [two]])
+  assert found["chosen"] == [["half", "sinkhorn@20"], ["half", "half"]]
+  assert found["compile_seconds"] == pytest.approx(4.0)
+  assert pooled_row([None, one])["chosen"] == [None, ["half", "sinkhorn@20"]]
+
+
 def test_seeds_are_pooled_and_those_that_failed_named():
   each = {"row_error": 0.1, "column_error": 0.2, "attention_sink_share": 0.5}
   each |= {"rank_residual": [1.0, 0.5], "n_test": 7, "accuracy": 0.5}

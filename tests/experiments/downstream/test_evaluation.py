@@ -1,12 +1,44 @@
 """Accuracy, shifts, and the share of a gain that is recovered."""
 
+import argparse
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import asap_jax
+from experiments.common.results import pooled_row
 from experiments.downstream import evaluation
 
 RANDOM = np.random.default_rng(0)
+
+
+def test_compiler_is_asked_for_every_form(monkeypatch):
+  asked = []
+
+  def compile(teacher, batches, recipe, *, seed):
+    asked.append((recipe, seed))
+    layers = [argparse.Namespace(chosen=name) for name in ("half", "sinkhorn@3")]
+    return f"model {len(asked)}", argparse.Namespace(seconds=1.5, layers=layers)
+
+  monkeypatch.setattr(asap_jax, "compile", compile)
+  models, about = evaluation.compiled(
+    None, [], slices=4, refine_steps=6, seed=7, names=evaluation.COMPILED
+  )
+  ridge = {"directions": "gaussian", "features": ("potentials",), "refine_steps": 0}
+  assert asked == [
+    (asap_jax.Recipe(4, **ridge), 7),
+    (asap_jax.Recipe(4, refine_steps=6), 7),
+    (asap_jax.Recipe(4, refine_steps=6, closures=2), 7),
+    (None, 7),
+  ]
+  names = ("ridge", "asap", "asap@2", "best")
+  assert models == {name: f"model {i}" for i, name in enumerate(names, start=1)}
+  assert about["asap@2"] == {"slices": 4, "closures": 2, "compile_seconds": 1.5}
+  assert about["best"] == {"chosen": ["half", "sinkhorn@3"], "compile_seconds": 1.5}
+  # Whatever is told of compiling can be pooled over seeds.
+  for of_method in about.values():
+    assert pooled_row([of_method] * 2)["compile_seconds"] == 1.5
 
 
 def test_accuracy_counts_every_example_once():

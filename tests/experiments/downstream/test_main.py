@@ -36,23 +36,26 @@ def small(monkeypatch):
     monkeypatch.setattr(evaluation, name, value)
 
 
-def compile_double(teacher, batches, slices, *, seed, **options):
+def compile_double(teacher, batches, operator, *, seed):
   """In the place of `asap_jax.compile`: Sinkhorn cut to four iterations."""
   assert [batch["ids"].shape for batch in batches] == [(16, 8)] * 2
   assert all("label" not in batch for batch in batches)
   model = replacements.cut_sinkhorn(teacher, 4)
-  return model, argparse.Namespace(seconds=slices + len(options))
+  seconds = 9 if operator is None else operator.refine_steps
+  layers = [argparse.Namespace(chosen="sinkhorn@4")]
+  return model, argparse.Namespace(seconds=seconds, layers=layers)
 
 
 @pytest.mark.slow
 def test_everything_is_measured_and_resumed(tmp_path, small, capsys, monkeypatch):
   monkeypatch.setattr(asap_jax, "compile", compile_double)
+  monkeypatch.setattr(evaluation, "COMPILED", ("ridge", "asap", "best"))
   out = tmp_path / "out"
   given = ("--seeds", 0, "--test-limit", 32, "--shift-dataset", "other")
   call(out, *given)
   results = json.loads((out / "results.json").read_text())
   rows = {row["method"]: row for row in results["rows"] if "shift" not in row}
-  replaced = ["softmax_swap", "sinkhorn@1", "ridge", "asap"]
+  replaced = ["softmax_swap", "sinkhorn@1", "ridge", "asap", "best"]
   assert list(rows) == ["softmax", "sinkhorn", *replaced, "linear"]
   assert rows["sinkhorn"]["tv"] == pytest.approx(0.0, abs=1e-5)
   for name in replaced:
@@ -62,8 +65,11 @@ def test_everything_is_measured_and_resumed(tmp_path, small, capsys, monkeypatch
     assert row["n_test"] == 32
     assert "recovered" in row or name == "softmax_swap"
   assert rows["asap"]["tv"] < rows["sinkhorn@1"]["tv"] < rows["softmax_swap"]["tv"]
-  # Two slices; three options of the plain form, one of the other.
-  assert [rows[name]["compile_seconds"] for name in ("ridge", "asap")] == [5, 3]
+  # The steps of refinement, and 9 for a choice by measurement.
+  assert [rows[name]["compile_seconds"] for name in replaced[2:]] == [0, 2, 9]
+  assert [rows[name].get("slices") for name in replaced[2:]] == [2, 2, None]
+  # By seed and layer.
+  assert rows["best"]["chosen"] == [["sinkhorn@4"]]
   assert rows["sinkhorn"]["best_step"] in (3, 6)
   shifted = [row for row in results["rows"] if "shift" in row]
   assert [(row["shift"], row["method"]) for row in shifted] == [

@@ -75,6 +75,7 @@ def test_a_run_learns_and_keeps_what_was_best():
   assert np.concatenate(right).mean() == best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 8])
 def test_a_run_that_stopped_ends_alike(tmp_path, stop):
   with pytest.raises(small_training.StoppedError):
@@ -82,6 +83,7 @@ def test_a_run_that_stopped_ends_alike(tmp_path, stop):
   assert_same_end(small_training.run(tmp_path), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_is_not_trained_again(tmp_path):
   small_training.run(tmp_path)
   before = (tmp_path / "metrics.csv").read_bytes()

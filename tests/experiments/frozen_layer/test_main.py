@@ -1,12 +1,14 @@
 """Replacing all attention of a frozen teacher."""
 
 import argparse
+import functools
 import json
 
 import numpy as np
 import pytest
 
-from asap_jax.compiler import measuring
+import asap_jax
+from asap_jax.compiler import measuring, selection
 from experiments.common import replacements
 from experiments.common.frozen_teachers import load_inputs, load_teacher
 from experiments.frozen_layer import __main__ as frozen_layer
@@ -14,7 +16,7 @@ from experiments.frozen_layer import __main__ as frozen_layer
 METHODS = ["sinkhorn", *(f"sinkhorn@{k}" for k in frozen_layer.CUTS)]
 
 
-METHODS += ["softmax_swap", "ridge", "asap", "asap@2", "asap_unsorted@5"]
+METHODS += ["softmax_swap", "ridge", "asap", "asap@2", "asap_unsorted@5", "best"]
 
 
 def run(files, *options):
@@ -30,7 +32,9 @@ def run(files, *options):
 def test_every_method_is_measured(files, capsys, monkeypatch):
   monkeypatch.setattr(frozen_layer, "BATCH", 4)  # the six test inputs are 1.5 batches
   # Rows are measured apart from the report, whose other cuts take long to compile.
-  monkeypatch.setattr(measuring, "CUTS", (1,))
+  for module in (measuring, selection):
+    monkeypatch.setattr(module, "CUTS", (1,))
+  monkeypatch.setattr(selection, "STARTS", ())
   rows = run(files, "--refine-steps", 3, "--test-limit", 6)
   assert list(rows) == METHODS
   assert rows["sinkhorn"]["tv"] == pytest.approx(0.0, abs=1e-5)
@@ -67,9 +71,10 @@ def options_of(monkeypatch, **arguments):
   """What `compile_all` asks of the compiler, method by method; and its rows."""
   asked = []
 
-  def compile(teacher, batches, slices, **options):
-    asked.append(options)
-    return f"model {len(asked)}", argparse.Namespace(seconds=1.5)
+  def compile(teacher, batches, recipe, seed):
+    asked.append((recipe, seed))
+    layers = [argparse.Namespace(chosen="half")]
+    return f"model {len(asked)}", argparse.Namespace(seconds=1.5, layers=layers)
 
   monkeypatch.setattr(frozen_layer.asap_jax, "compile", compile)
   given = {"features": ["query"], "slices": 4, "seed": 7, "closures": 1}
@@ -79,25 +84,30 @@ def options_of(monkeypatch, **arguments):
 
 def test_compiler_is_asked_for_every_form(monkeypatch):
   asked, models, about = options_of(monkeypatch, closures=3)
+  recipe = functools.partial(asap_jax.Recipe, 4)
   ridge = {"directions": "gaussian", "features": ("potentials",), "refine_steps": 0}
   own = {"features": ("query",)}
   unsorted = {"features": ("query", "cumulants"), "hidden": 0}
   assert asked == [
-    {**ridge, "closures": 1, "seed": 7},
-    {**own, "closures": 3, "seed": 7},
-    {**own, "closures": 2, "seed": 7},
-    {**unsorted, "closures": 5, "seed": 7},
+    (recipe(**ridge), 7),
+    (recipe(**own, closures=3), 7),
+    (recipe(**own, closures=2), 7),
+    (recipe(**unsorted, closures=5), 7),
+    (None, 7),
   ]
-  names = ("ridge", "asap", "asap@2", "asap_unsorted@5")
+  names = ("ridge", "asap", "asap@2", "asap_unsorted@5", "best")
   assert models == {name: f"model {i}" for i, name in enumerate(names, start=1)}
   assert about["asap_unsorted@5"]["slices"] == 0
-  assert about["asap"] == {"slices": 4, "closures": 3, "compile_seconds": 1.5}
+  assert about["ridge"] == {"slices": 4, "closures": 1, "compile_seconds": 1.5}
+  assert about["best"] == {"chosen": ["half"], "compile_seconds": 1.5}
 
 
 def test_two_closures_are_compiled_once(monkeypatch):
   asked, models, about = options_of(monkeypatch, closures=2, refine_steps=0)
-  assert [options["closures"] for options in asked] == [1, 2, 5]
-  assert all(options["refine_steps"] == 0 for options in asked)
+  *recipes, last = [recipe for recipe, _ in asked]
+  assert [recipe.closures for recipe in recipes] == [1, 2, 5]
+  assert all(recipe.refine_steps == 0 for recipe in recipes)
+  assert last is None
   assert models["asap"] == models["asap@2"] == "model 2"
   assert about["asap"] == about["asap@2"]
 
