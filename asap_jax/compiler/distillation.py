@@ -67,8 +67,8 @@ def distil(
 
   >>> layer = asap_jax.SinkhornMultiHeadAttention(2, 8, iterations=3, rngs=nnx.Rngs(0))
   >>> batches = jax.random.normal(jax.random.key(1), (3, 4, 6, 8))
-  >>> options = {"slices": 2, "refine_steps": 0, "progress": False}
-  >>> compiled, _ = asap_jax.compile(layer, batches, **options)
+  >>> plain = asap_jax.Recipe(slices=2, refine_steps=0)
+  >>> compiled, _ = asap_jax.compile(layer, batches, plain, progress=False)
   >>> asap_jax.distil(compiled, layer, batches, steps=2, progress=False).batches
   2
 
