@@ -23,7 +23,7 @@ Name = TypeVar("Name", bound=Hashable)
 # Rounds before anything is decided.
 _LEAST = 5
 # A run so many times slower than the fastest takes no turns beyond so many rounds.
-_SLOW = ((5.0, 2), (3.0, 3))
+_SLOW = ((5.0, 3), (3.0, 4))
 
 
 def milliseconds_in_turn(

@@ -49,23 +49,17 @@ def cuts(teacher: Sinkhorn) -> list[Operator]:
   ]
 
 
-def by_ott(teacher: Sinkhorn) -> Sinkhorn:
-  """A teacher as OTT-JAX runs it, if it does."""
-  plain = teacher.relaxation == 1.0
-  return dataclasses.replace(teacher, implementation="ott") if plain else teacher
-
-
 def measure(
   teacher: Observer, operators: Sequence[Sequence[Operator]]
 ) -> list[list[Measured]]:
-  """Each layer's operators, with the teacher itself in front, on held-out batches.
+  """Each layer's operators, with the teacher as trained in front, on held-out batches.
 
   Raises:
     ValueError: if no batch is held out.
   """
   layers = teacher.layers
   everyone = [
-    [by_ott(layer.site.teacher), *of_layer]
+    [layer.site.teacher, *of_layer]
     for layer, of_layer in zip(layers, operators, strict=True)
   ]
   sums: list[dict[int, FidelitySums]] = [{} for _ in layers]

@@ -35,9 +35,7 @@ def dual_map():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "masked", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "masked"]
-)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_loss_is_the_kl_of_the_plans(masked):
   seen = activation(masked)
   (sums,) = fidelity_sums(seen, [Asap(dual_map())], Sinkhorn(5))
