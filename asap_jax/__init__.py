@@ -18,7 +18,7 @@ from asap_jax.attention import (
   softmax_attention,
 )
 from asap_jax.c_transform import Duals, closure, closures, plan
-from asap_jax.compiler import Recipe, compile, distil, load, save
+from asap_jax.compiler import Recipe, choose, compile, distil, load, save
 from asap_jax.dual_map import DualMap, predict_dual
 from asap_jax.potentials import (
   Potentials,
@@ -41,6 +41,7 @@ __all__ = [
   "SinkhornMultiHeadAttention",
   "SlicedDualInitializer",
   "asap_attention",
+  "choose",
   "closure",
   "closures",
   "compile",

@@ -1,6 +1,7 @@
 """Checks every annotation of the package at run time, in all tests."""
 
 import os
+import pathlib
 import warnings
 
 import hypothesis
@@ -34,6 +35,15 @@ hypothesis.settings.register_profile(
   "asap", deadline=None, derandomize=True, max_examples=20
 )
 hypothesis.settings.load_profile("asap")
+
+
+def pytest_collection_modifyitems(items):
+  """Marks as slow the cases of a test whose other cases are quick and run always."""
+  here = pathlib.Path(__file__).parent
+  cases = set((here / "slow_cases.txt").read_text().splitlines())
+  for item in items:
+    if item.nodeid.removeprefix(f"{here.name}/") in cases:
+      item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

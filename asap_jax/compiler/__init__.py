@@ -1,16 +1,18 @@
 """From a trained model to a compiled one.
 
-`api` is `asap_jax.compile`. In the order of its steps: `sites` finds the Sinkhorn
-attentions, `recording` watches them on calibration batches, `prepared` keeps some calls
-of a layer, `candidates` says what may stand there, `fitting` fits dual maps, `fidelity`
-compares plans with the teacher's, `clock` times, `selection` takes the fastest that is
-close enough, and `report` says what was gained. `recipes` and `measuring` are the way
-of one fixed operator. `distillation` trains all maps together afterwards; `saving`
-keeps a compiled model.
+`api` is `asap_jax.compile`, and `asap_jax.choose` for another device. In the order of
+its steps: `sites` finds the Sinkhorn attentions, `recording` watches them on
+calibration batches, `prepared` keeps some calls of a layer, `candidates` says what may
+stand there, `fitting` fits dual maps, `fidelity` compares plans with the teacher's,
+`clock` times, `selection` takes the fastest that is close enough, `standing` puts it in
+its place (`kept`: with the others), and `report` says what was gained. `recipes` and
+`measuring` are the way of one fixed operator. `distillation` trains all maps together
+afterwards; `saving` keeps a compiled model.
 """
 
-from asap_jax.compiler.api import Compiled, compile
+from asap_jax.compiler.api import Compiled, choose, compile
 from asap_jax.compiler.distillation import Distilled, distil
+from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.report import Alternative, LayerReport, Report
@@ -18,12 +20,14 @@ from asap_jax.compiler.saving import load, save
 
 __all__ = [
   "Alternative",
+  "CandidateAttention",
   "Compiled",
   "Distilled",
   "LayerReport",
   "Recipe",
   "Report",
   "Sinkhorn",
+  "choose",
   "compile",
   "distil",
   "load",

@@ -1,28 +1,19 @@
 """Compiling a model: every Sinkhorn attention becomes the best operator there is."""
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from rich.progress import track
 
-from asap_jax.attention.layers import AsapAttention
-from asap_jax.compiler.fidelity import FidelitySums, fidelity_sums
-from asap_jax.compiler.fitting.stages import FittedLayer, fit_layers
-from asap_jax.compiler.measuring import cuts, measure
+from asap_jax.compiler import standing
+from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.models import model_milliseconds
-from asap_jax.compiler.operators import Asap, Operator, Sinkhorn
-from asap_jax.compiler.prepared import SEQUENCES, PreparedLayer
+from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
-from asap_jax.compiler.recording import Layer, Observer
-from asap_jax.compiler.report import TEACHER, Alternative, LayerReport, Report
-from asap_jax.compiler.selection import Selection, select
-from asap_jax.compiler.sites import Site, replace_sites
+from asap_jax.compiler.recording import Observer
+from asap_jax.compiler.report import Report
+from asap_jax.compiler.sites import find_held, replace_held, replace_sites
 
 
 class Compiled(NamedTuple):
@@ -43,6 +34,7 @@ def compile(
   operator: Recipe | Sinkhorn | None = None,
   *,
   target_tv: float = 0.05,
+  keep_candidates: bool = False,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
   seed: int = 0,
   progress: bool = True,
@@ -77,6 +69,11 @@ def compile(
       `asap_jax.compiler.Sinkhorn`, for this one in every layer.
     target_tv: total variation to the teacher's plans, mean over heads and rows, that is
       close enough for a choice by measurement.
+    keep_candidates: whether the model is to run elsewhere: what is the fastest here
+      need not be so there. Then one map of each family is fitted that comes close
+      enough, however slow it is here, which takes minutes, and every layer holds all
+      operators that may stand in it (`asap_jax.compiler.CandidateAttention`); once
+      loaded on the device that is meant, `asap_jax.choose` leaves the fastest there.
     call: how a batch is given to the model.
     seed: of random directions, of networks and of the order of refinement.
     progress: whether to show progress bars.
@@ -106,166 +103,102 @@ def compile(
     )
   if not target_tv >= 0:
     raise ValueError(f"target_tv={target_tv}: expected a number from 0 to 1")
+  if keep_candidates and operator is not None:
+    raise ValueError(
+      f"keep_candidates=True with operator={operator!r}: expected operator=None, which "
+      "leaves something to choose"
+    )
   teacher = Observer(model, batches, call, progress)
   made = (
-    _best(teacher, target_tv, seed)
+    standing.best(teacher, target_tv, seed, every=keep_candidates)
     if operator is None
-    else _fixed(teacher, operator, seed)
+    else standing.fixed(teacher, operator, seed)
   )
-  replacements = [_function(site, teacher.layers, made) for site in teacher.sites]
-  compiled = replace_sites(model, teacher.sites, replacements)
+  target = target_tv if operator is None else None
+  return _compiled(model, teacher, made, call, target, start, keep_candidates)
+
+
+def choose(
+  model: nnx.Module,
+  batches: Iterable[Any],
+  *,
+  target_tv: float | None = None,
+  call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
+  progress: bool = True,
+) -> Compiled:
+  """Leaves the fastest operator on this device of those that a compiled model holds.
+
+  Nothing is fitted: the candidates that `asap_jax.compile(..., keep_candidates=True)`
+  found close enough are timed in turn, with all iterations in their fastest exact form.
+  Host code: it does not run under jit, vmap or grad; the model does.
+
+  Args:
+    model: compiled so, on whatever device; left untouched.
+    batches: as for `asap_jax.compile`: at least two, as the model will be given them.
+    target_tv: to be closer to the teacher's plans than the model was compiled for.
+    call: how a batch is given to the model.
+    progress: whether to show progress bars.
+
+  Returns:
+    `Compiled`: a model with one operator in every layer, and the report of this device.
+
+  Raises:
+    ValueError: if the model holds no candidates, and as `asap_jax.compile`.
+
+  Example:
+    >>> import jax, asap_jax
+    >>> teacher = asap_jax.SinkhornMultiHeadAttention(2, 8, iterations=3,
+    ...   rngs=nnx.Rngs(0))
+    >>> batches = jax.random.normal(jax.random.key(0), (3, 4, 6, 8))
+    >>> compiled, _ = asap_jax.compile(teacher, batches, target_tv=0.0,
+    ...   keep_candidates=True, progress=False)
+    >>> compiled.attention_fn.operators.keys()
+    dict_keys(['teacher', 'sinkhorn@3'])
+    >>> _, report = asap_jax.choose(compiled, batches, progress=False)
+    >>> report.layers[0].chosen in ("teacher", "sinkhorn@3")
+    True
+  """
+  start = time.perf_counter()
+  kept = find_held(model, CandidateAttention)
+  if not kept:
+    raise ValueError(
+      "model holds no candidates: expected one that asap_jax.compile returned with "
+      "keep_candidates=True"
+    )
+  trained = replace_held(
+    model, {where: held.teacher_function for where, held in kept.items()}
+  )
+  teacher = Observer(trained, batches, call, progress)
+  target = 1.0 if target_tv is None else target_tv
+  by_site = {
+    site.name: kept[site.path, site.attribute]
+    for site in teacher.sites
+    if (site.path, site.attribute) in kept
+  }
+  made = standing.best_of(teacher, by_site, target)
+  return _compiled(trained, teacher, made, call, target, start)
+
+
+def _compiled(
+  model: nnx.Module,
+  teacher: Observer,
+  made: Sequence[standing.Standing],
+  call: Callable[[nnx.Module, Any], Any],
+  target_tv: float | None,
+  start: float,
+  keep_candidates: bool = False,
+) -> Compiled:
+  functions = [
+    standing.attention_at(site, teacher.layers, made, keep_candidates=keep_candidates)
+    for site in teacher.sites
+  ]
+  compiled = replace_sites(model, teacher.sites, functions)
   report = Report(
-    layers=tuple(
-      _layer_report(layer, of_layer)
-      for layer, of_layer in zip(teacher.layers, made, strict=True)
-    ),
+    layers=tuple(map(standing.report_of, teacher.layers, made)),
     model_milliseconds=model_milliseconds(
       model, teacher.sites, compiled, next(iter(teacher.batches)), call
     ),
-    target_tv=target_tv if operator is None else None,
+    target_tv=target_tv,
     seconds=time.perf_counter() - start,
   )
   return Compiled(compiled, report)
-
-
-class _Made(NamedTuple):
-  """What is to stand in a layer, and what was measured there.
-
-  Attributes:
-    operator: as chosen.
-    label: of it.
-    sums: its fidelity.
-    alternatives: all that was measured, by label.
-    teacher_milliseconds: of the teacher as trained.
-    seconds: spent on this layer alone.
-  """
-
-  operator: Operator
-  label: str
-  sums: FidelitySums
-  alternatives: tuple[Alternative, ...]
-  teacher_milliseconds: float
-  seconds: float
-
-  @property
-  def milliseconds(self) -> float:
-    """Of the chosen operator."""
-    (found,) = (a.milliseconds for a in self.alternatives if a.label == self.label)
-    return found
-
-
-def _best(teacher: Observer, target_tv: float, seed: int) -> list[_Made]:
-  """The best operators by measurement, of every layer."""
-  calls, held_out = teacher.sample(SEQUENCES)
-  layers = [
-    PreparedLayer(
-      layer,
-      [each for of_batch in calls for each in of_batch[index]],
-      [each for of_batch in held_out for each in of_batch[index]],
-      seed,
-    )
-    for index, layer in enumerate(teacher.layers)
-  ]
-  made = []
-  for site in track(teacher.sites, "Choosing", disable=not teacher.progress):
-    start = time.perf_counter()
-    own = [layer for layer in layers if layer.layer.site is site]
-    selection = select(own, target_tv)
-    seconds = (time.perf_counter() - start) / len(own)
-    made += [
-      _selected(layer, selection, place, seconds) for place, layer in enumerate(own)
-    ]
-  return made
-
-
-def _selected(
-  layer: PreparedLayer, selection: Selection, place: int, seconds: float
-) -> _Made:
-  chosen = selection.measured[selection.chosen]
-  operator, teacher = chosen.operators[place], layer.layer.site.teacher
-  sums = [fidelity_sums(call, [operator], teacher)[0] for call in layer.held_out]
-  alternatives = tuple(
-    Alternative(label, each.tvs[place], each.milliseconds[place])
-    for label, each in selection.measured.items()
-  )
-  return _Made(
-    operator,
-    selection.chosen,
-    functools.reduce(lambda a, b: a + b, sums),
-    alternatives,
-    selection.measured[TEACHER].milliseconds[place],
-    seconds,
-  )
-
-
-def _fixed(teacher: Observer, operator: Recipe | Sinkhorn, seed: int) -> list[_Made]:
-  """One operator in every layer, compared with Sinkhorn cut short."""
-  fitted: list[FittedLayer] = []
-  wanted: list[Operator]
-  if isinstance(operator, Recipe):
-    operator.check(teacher.layers[0].dim)
-    fitted = fit_layers(teacher, operator, seed)
-    wanted = [Asap(fit.dual_map) for fit in fitted]
-  else:
-    wanted = [operator] * len(teacher.layers)
-  compared: list[Sequence[Operator]] = [
-    [own, *(cut for cut in cuts(layer.site.teacher) if cut != own)]
-    for own, layer in zip(wanted, teacher.layers, strict=True)
-  ]
-  made = []
-  for index, (before, chosen, *others) in enumerate(measure(teacher, compared)):
-    alternatives = tuple(each.alternative for each in (chosen, *others, before))
-    made.append(
-      _Made(
-        chosen.operator,
-        chosen.label,
-        chosen.sums,
-        alternatives,
-        before.milliseconds,
-        fitted[index].seconds if fitted else 0.0,
-      )
-    )
-  return made
-
-
-def _function(
-  site: Site, layers: Sequence[Layer], made: Sequence[_Made]
-) -> Callable[..., jax.Array]:
-  """What stands at a site, its dual maps stacked if a scan runs several layers."""
-  held = [
-    (layer, of_layer)
-    for layer, of_layer in zip(layers, made, strict=True)
-    if layer.site is site
-  ]
-  layer, (operator, label, *_) = held[0]
-  if label == TEACHER:
-    return site.function
-  if not isinstance(operator, Asap):
-    return functools.partial(operator.attention_fn, **site.options)
-  maps = [each.operator.dual_map for _, each in held if isinstance(each.operator, Asap)]
-  if layer.index is None:
-    return AsapAttention(maps[0], site.options)
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *maps)
-  return AsapAttention(stacked, site.options)
-
-
-def _layer_report(layer: Layer, made: _Made) -> LayerReport:
-  sums = made.sums
-  predicted = 1.0 - sums.residual / np.where(sums.power > 0, sums.power, 1.0)
-  query_side = (
-    isinstance(made.operator, Asap) and made.operator.dual_map.side == "query"
-  )
-  return LayerReport(
-    name=layer.name,
-    iterations=layer.site.iterations,
-    r2=predicted if query_side else np.full_like(sums.tv, np.nan),
-    tv=sums.tv / sums.rows,
-    kl=sums.kl / sums.rows,
-    column_error=sums.column_error / sums.columns,
-    teacher_column_error=sums.teacher_column_error / sums.columns,
-    teacher_milliseconds=made.teacher_milliseconds,
-    milliseconds=made.milliseconds,
-    seconds=made.seconds,
-    alternatives=made.alternatives,
-    chosen=made.label,
-  )

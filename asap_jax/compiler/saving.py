@@ -23,10 +23,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.attention.layers import AsapAttention
+from asap_jax.compiler.kept import CandidateAttention
+from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.report import device_kind
-from asap_jax.compiler.sites import find_sinkhorn, replace_sites
+from asap_jax.compiler.sites import find_held, find_sinkhorn, replace_sites
 from asap_jax.dual_map.predict import DualMap
 
 FORMAT = 2
@@ -49,8 +50,8 @@ def save(
     ValueError: if `model` holds no compiled attention.
 
   Example:
-    >>> import tempfile
-    >>> build = lambda: nnx.Dict(attend=functools.partial(sinkhorn_attention))
+    >>> import asap_jax, tempfile
+    >>> build = lambda: nnx.Dict(attend=asap_jax.sinkhorn_attention)
     >>> dual_map = DualMap(jnp.ones((1, 1, 2)), jnp.ones((1, 2)), features=("query",))
     >>> compiled = nnx.Dict(attend=AsapAttention(dual_map))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +161,7 @@ def _warn_elsewhere(path: pathlib.Path, saved: str | None) -> None:
     warnings.warn(
       f"path={path} was saved on {saved}, and this is {here}: its plans are the same, "
       "but operators that were chosen by their times there may not be the fastest "
-      "here; asap_jax.compile the teacher here to choose again",
+      "here; asap_jax.choose among kept candidates, or compile the teacher here",
       stacklevel=3,
     )
 
@@ -246,42 +247,71 @@ def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _saved_sites(model: nnx.Module) -> list[dict[str, Any]]:
-  """What stands at every site: a dual map, or Sinkhorn where that was chosen."""
-  sites = [
+  """What stands at every site: a dual map, iterations, or candidates of both."""
+  kept = find_held(model, CandidateAttention)
+  inside = [(*path, attribute) for path, attribute in kept]
+  found = {
+    (path, attribute): (dict(held.options), _describe_map(held))
+    for (path, attribute), held in find_held(model, AsapAttention).items()
+    if not any(path[: len(above)] == above for above in inside)
+  }
+  for site in find_sinkhorn(model):
+    where = site.path, site.attribute
+    found[where] = site.options, dataclasses.asdict(site.teacher)
+  for where, several in kept.items():
+    found[where] = dict(several.options), _describe_candidates(several)
+  return [
     {
-      "path": list(where),
+      "path": list(path),
       "attribute": attribute,
-      "options": _describe_options(dict(held.options)),
-      "features": list(held.features),
-      # Only where it is no query-side map, as all were once.
-      **({"side": held.side, "half": held.half} if held.side == "key" else {}),
-      "parameters": {
-        name: _describe(leaf) for name, leaf in held.dual_map.to_named().items()
-      },
+      "options": _describe_options(options),
+      **described,
     }
-    for where, module in nnx.iter_modules(model)
-    for attribute, held in vars(module).items()
-    if isinstance(held, AsapAttention)
+    for (path, attribute), (options, described) in found.items()
   ]
-  return sites + [
-    {
-      "path": list(site.path),
-      "attribute": site.attribute,
-      "options": _describe_options(site.options),
-      **dataclasses.asdict(site.teacher),
-    }
-    for site in find_sinkhorn(model)
-  ]
+
+
+def _describe_map(held: AsapAttention) -> dict[str, Any]:
+  return {
+    "features": list(held.features),
+    # Only where it is no query-side map, as all were once.
+    **({"side": held.side, "half": held.half} if held.side == "key" else {}),
+    "parameters": {
+      name: _describe(leaf) for name, leaf in held.dual_map.to_named().items()
+    },
+  }
+
+
+def _describe_candidates(kept: CandidateAttention) -> dict[str, Any]:
+  return {
+    "chosen": kept.chosen,
+    "tvs": dict(kept.tvs),
+    "candidates": {
+      label: _describe_map(held)
+      if isinstance(held, AsapAttention)
+      else dataclasses.asdict(held)
+      for label, held in kept.operators.items()
+    },
+  }
 
 
 def _blank_function(
   saved: dict[str, Any], options: dict[str, Any]
 ) -> Callable[..., jax.Array]:
   """What stood at a saved site, with zeros for its arrays."""
+  if "candidates" in saved:
+    blanks = {k: _blank(each, options) for k, each in saved["candidates"].items()}
+    return CandidateAttention(blanks, saved["tvs"], saved["chosen"], options)
+  blank = _blank(saved, options)
+  if isinstance(blank, AsapAttention):
+    return blank
+  return functools.partial(blank.attention_fn, **options)
+
+
+def _blank(saved: dict[str, Any], options: dict[str, Any]) -> Sinkhorn | AsapAttention:
   if "parameters" not in saved:
-    names = ("iterations", "implementation", "start", "relaxation")
-    chosen = {name: saved[name] for name in names if name in saved}
-    return functools.partial(sinkhorn_attention, **chosen, **options)
+    names = [field.name for field in dataclasses.fields(Sinkhorn)]
+    return Sinkhorn(**{name: saved[name] for name in names if name in saved})
   leaves = {
     name: jnp.zeros(shape, dtype)
     for name, (shape, dtype) in saved["parameters"].items()

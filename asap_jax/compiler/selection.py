@@ -7,7 +7,8 @@ before tell. In the end all that was measured is timed once more, in turn.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -51,32 +52,57 @@ class Candidate(NamedTuple):
 
 
 class Selection(NamedTuple):
-  """What was measured on a site, by label, and the label of what is to stand there."""
+  """What was measured on a site, by label.
+
+  Attributes:
+    measured: all of it.
+    within: what is close enough to stand there.
+    chosen: label of what is to stand there.
+  """
 
   measured: dict[str, Candidate]
+  within: dict[str, Candidate]
   chosen: str
 
 
-def select(layers: Sequence[PreparedLayer], target_tv: float) -> Selection:
+def select(
+  layers: Sequence[PreparedLayer],
+  target_tv: float,
+  given: Mapping[str, Candidate] | None = None,
+  *,
+  every: bool = False,
+) -> Selection:
   """The fastest operator of a site that comes within `target_tv` in all its layers.
 
   Args:
     layers: those that run through the site: one, or those of a scan, which share their
       operator.
     target_tv: largest TV to the teacher's plans, mean over heads and rows.
+    given: to choose among, beside the exact iterations, in place of fitting any.
+    every: whether to fit one map of each family that comes close enough, also where it
+      could not be the fastest.
   """
-  search = _Search(layers, target_tv)
-  search.run()
+  search = _Search(layers, target_tv, given, every)
+  if given is None:
+    search.run()
   return search.result()
 
 
 class _Search:
   """What is known so far of a site's candidates."""
 
-  def __init__(self, layers: Sequence[PreparedLayer], target_tv: float):
-    self._layers, self._target = layers, target_tv
+  def __init__(
+    self,
+    layers: Sequence[PreparedLayer],
+    target_tv: float,
+    given: Mapping[str, Candidate] | None,
+    every: bool,
+  ):
+    self._layers, self._target, self._every = layers, target_tv, every
     self._teacher = layers[0].layer.site.teacher
-    self._found = self._unlearned()
+    self._found = (
+      self._unlearned() if given is None else self._timed(self._uncut() | dict(given))
+    )
     self._fitted: dict[tuple[str, int], float] = {}
     # Of the maps' first numbers of closures; those of others follow from the cuts.
     dim = layers[0].layer.dim
@@ -92,25 +118,27 @@ class _Search:
     """Labels of all iterations: as the model was trained, and in the fastest form."""
     return TEACHER, f"sinkhorn@{self._teacher.iterations}"
 
+  def _uncut(self) -> dict[str, Candidate]:
+    fastest = dataclasses.replace(self._teacher, implementation="xla")
+    zeros = (0.0,) * len(self._layers)
+    return {
+      label: self._shared(operator, zeros)
+      for label, operator in zip(self._exact, (self._teacher, fastest), strict=True)
+    }
+
   def _unlearned(self) -> dict[str, Candidate]:
     """The exact iterations, fewer of them, and Gaussian starts."""
-    count = self._teacher.iterations
-    exact = dataclasses.replace(self._teacher, implementation="xla")
-    zeros = (0.0,) * len(self._layers)
-    found = {
-      label: self._shared(operator, zeros)
-      for label, operator in zip(self._exact, (self._teacher, exact), strict=True)
-    }
+    found = self._uncut()
     most = max(self._cuts, default=0)
     if most:
       tvs = [layer.tv_of_iterations(most) for layer in self._layers]
       for k in self._cuts:
-        cut = dataclasses.replace(exact, iterations=k)
+        cut = dataclasses.replace(self._teacher, iterations=k, implementation="xla")
         found[f"sinkhorn@{k}"] = self._shared(cut, [tv[k - 1] for tv in tvs])
     starts = [start for start in STARTS if start != self._teacher.start]
     for start in cast(Sequence[Start], starts):
       tvs = [layer.tv_of_iterations(2, start) for layer in self._layers]
-      for k in range(1, min(2, count) + 1):
+      for k in range(1, min(2, self._teacher.iterations) + 1):
         begun = Sinkhorn(k, "xla", start)
         found[f"{start}@{k}"] = self._shared(begun, [tv[k - 1] for tv in tvs])
     # Softmax is half a closure that predicts nothing: only its time is of use.
@@ -182,12 +210,13 @@ class _Search:
         for layer, operator in zip(self._layers, found[label].operators, strict=True)
       ]
       found[label] = found[label]._replace(tvs=tuple(tvs))
-    return Selection(found, label)
+    within = {k: v for k, v in found.items() if v.point.tv <= self._target}
+    return Selection(found, within, label)
 
   def _next(self) -> tuple[Family, int] | None:
     """The map to fit next: the one that is expected to be the fastest within reach."""
     best = self._found[self._choice(self._found)].point.milliseconds
-    worth = (1.0 - _GAIN) * best
+    worth = math.inf if self._every else (1.0 - _GAIN) * best
     if not self._fitted:
       # All others are expected in terms of this one.
       least = min(self._closures_ms(0), self._closures_ms(1))
@@ -195,7 +224,11 @@ class _Search:
     places = []
     for family in self._families:
       count = self._within_reach(family)
-      if count is not None and self._is_faster(family, count, worth):
+      if count is None:
+        continue
+      if self._every:
+        return family, count
+      if self._is_faster(family, count, worth):
         places.append((self._expected_ms(family, count), family, count))
     return min(places, key=lambda each: each[0])[1:] if places else None
 

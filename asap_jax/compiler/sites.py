@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.attention.inputs import Activation, Inputs
 from asap_jax.attention.signature import inputs_of
 from asap_jax.compiler.operators import Sinkhorn, bound_arguments, sinkhorn_of
+
+Place = tuple[tuple[str | int, ...], str]  # path of a module, and its attribute
+Held = TypeVar("Held")
 
 _SIGNATURE = inspect.signature(sinkhorn_attention)
 
@@ -89,6 +92,17 @@ def find_sinkhorn(model: nnx.Module) -> list[Site]:
   return sorted(sites, key=lambda site: [(isinstance(p, str), p) for p in site.path])
 
 
+def find_held(model: nnx.Module, kind: type[Held]) -> dict[Place, Held]:
+  """All attributes of a kind, at any depth, by path of the module and attribute."""
+  found = {}
+  for path, module in nnx.iter_modules(model):
+    where: tuple[Any, ...] = tuple(path)
+    for attribute, held in vars(module).items():
+      if isinstance(held, kind):
+        found[where, attribute] = held
+  return found
+
+
 def held_at(model: nnx.Module, site: Site) -> Any:
   """What a model, compiled or not, holds at a site of its teacher."""
   modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
@@ -101,11 +115,21 @@ def replace_sites(
   functions: Sequence[Callable[..., jax.Array]],
 ) -> nnx.Module:
   """A copy of `model` with other functions at its sites; the original is untouched."""
+  places = [(site.path, site.attribute) for site in sites]
+  return replace_held(model, dict(zip(places, functions, strict=True)))
+
+
+def replace_held(
+  model: nnx.Module, functions: Mapping[Place, Callable[..., jax.Array]]
+) -> nnx.Module:
+  """The same by paths of modules and attributes."""
   copy = nnx.clone(model)
   modules = {tuple(path): module for path, module in nnx.iter_modules(copy)}
-  for site, function in zip(sites, functions, strict=True):
-    held = nnx.data(function) if isinstance(function, nnx.Module) else function
-    setattr(modules[site.path], site.attribute, held)
+  for (path, attribute), function in functions.items():
+    # What is there may be of the other kind, and an attribute keeps its kind.
+    kind = nnx.data if isinstance(function, nnx.Module) else nnx.static
+    held = kind(function)
+    setattr(modules[path], attribute, held)
   return copy
 
 

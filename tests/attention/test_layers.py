@@ -222,6 +222,7 @@ def test_optimizer_step_moves_what_its_filter_picks(compiled_layer, trained):
     assert (moved > 0) == (trained is nnx.Param or "attention_fn" in path), path
 
 
+@pytest.mark.slow
 def test_weights_of_a_compiled_layer_are_captured(compiled_layer):
   sowing = nnx.capture(compiled_layer, nnx.Intermediate)
   _, state = sowing(X, sow_weights=True)

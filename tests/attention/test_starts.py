@@ -146,6 +146,7 @@ def test_relaxation_between_iterations(implementation, start):
   assert np.abs(plain - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_relaxation_is_nothing_to_a_single_iteration():
   one, other = (
     gaussian(QUERY, KEY, VALUE, iterations=1, implementation="xla", relaxation=omega)

@@ -46,6 +46,7 @@ def test_outputs_come_closer_on_held_out_batches():
   assert result.steps == 25 * int(np.argmin(result.held_out_loss))
 
 
+@pytest.mark.slow
 def test_only_dual_maps_change_and_only_in_the_copy():
   before = models.compiled().model
   copy = [np.array(leaf) for leaf in models.arrays(before)]

@@ -1,19 +1,16 @@
 """Operators chosen by measurement."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
-from helpers import models
+from helpers import clocks, models
+from helpers.clocks import maps_are_fast, maps_are_slow
 from hypothesis import given
 from hypothesis import strategies as st
 
 import asap_jax
 from asap_jax.attention.layers import AsapAttention
-from asap_jax.compiler import selection
 from asap_jax.compiler.candidates import DIAGONAL, FAMILIES, Point, choose, predicted_tv
-from asap_jax.compiler.operators import Asap, Sinkhorn, Softmax
 from asap_jax.compiler.selection import TEACHER
 
 points = st.builds(Point, st.floats(0.01, 100.0), st.floats(0.0, 1.0))
@@ -46,26 +43,9 @@ def test_what_is_predicted_goes_through_what_is_known():
   assert predicted_tv(other, 2, known) == pytest.approx(expected)
 
 
-def clock(of_kind):
-  """Stands in for the clock: milliseconds of each kind of operator."""
-  operators = {}
-
-  def attention_call(operator, activation):
-    call = functools.partial(lambda: None)
-    operators[id(call)] = call, operator
-    return call
-
-  def milliseconds_in_turn(runs, decide=None, seconds=0.0):
-    return {name: of_kind(operators[id(run)][1]) for name, run in runs.items()}
-
-  return attention_call, milliseconds_in_turn
-
-
 def compiled(monkeypatch, of_kind, target_tv, model=None):
   """The toy compiled where operators take such times."""
-  attention_call, milliseconds_in_turn = clock(of_kind)
-  monkeypatch.setattr(selection, "attention_call", attention_call)
-  monkeypatch.setattr(selection, "milliseconds_in_turn", milliseconds_in_turn)
+  clocks.stand_in(monkeypatch, of_kind)
   model = models.toy(depth=1) if model is None else model
   batches = models.batches()[:3]
   return asap_jax.compile(model, batches, target_tv=target_tv, progress=False)
@@ -73,27 +53,6 @@ def compiled(monkeypatch, of_kind, target_tv, model=None):
 
 def attention(model):
   return model.blocks[0].attention.attention_fn
-
-
-def iterations_take(operator):
-  """Starts that are not free, and OTT-JAX's form, take far longer."""
-  slow = operator.start != "zero" or operator.implementation == "ott"
-  return 1.0 + operator.iterations + 50.0 * slow
-
-
-def maps_are_fast(operator):
-  """Maps without slices cost hardly more than their closures, all else much more."""
-  if isinstance(operator, Softmax):
-    return 99.0
-  if isinstance(operator, Sinkhorn):
-    return iterations_take(operator)
-  return 1.1 + operator.dual_map.closures + 50.0 * operator.dual_map.is_sliced
-
-
-def maps_are_slow(operator):
-  if isinstance(operator, Asap | Softmax):
-    return 99.0
-  return iterations_take(operator)
 
 
 @pytest.mark.slow
@@ -134,6 +93,7 @@ def test_cut_sinkhorn_is_chosen_where_it_is_faster(monkeypatch, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_all_iterations_stay_where_nothing_is_close_enough(monkeypatch):
   result = compiled(monkeypatch, maps_are_slow, 0.0)
   (layer,) = result.report.layers
@@ -146,6 +106,7 @@ def test_all_iterations_stay_where_nothing_is_close_enough(monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_the_teacher_is_timed_as_it_is_held(monkeypatch):
   """In whatever form it was trained: what is gained is told from that one."""
   model = models.toy(depth=1, implementation="xla")

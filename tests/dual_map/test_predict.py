@@ -134,6 +134,7 @@ def test_from_the_key_side_queries_and_keys_change_places(name):
   np.testing.assert_array_equal(actual, swapped)
 
 
+@pytest.mark.slow
 def test_a_network_of_the_key_side_sees_keys_as_its_tokens():
   network = init_network(jax.random.key(0), HEADS, DIM, WEIGHTS.shape[-1], 4)
   network = dataclasses.replace(network, output=jnp.ones((HEADS, 4)))
@@ -359,6 +360,7 @@ def test_cumulants_of_products_are_those_of_queries_and_keys(weights, offset):
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * (1 + offset))
 
 
+@pytest.mark.slow
 def test_cumulants_of_products_from_the_key_side():
   held, given = key_side(), on_device(MASKS)
   products = jnp.einsum("bhnd,bhmd->bhnm", QUERY, KEY)

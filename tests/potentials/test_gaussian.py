@@ -157,6 +157,7 @@ def errors_after_one_closure(n, seed):
   ]
 
 
+@pytest.mark.slow
 def test_one_closure_is_enough_for_samples_of_gaussians():
   sizes = (32, 128, 512)
   found = [np.mean([errors_after_one_closure(n, s) for s in (0, 1)], 0) for n in sizes]

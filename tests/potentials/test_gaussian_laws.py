@@ -43,6 +43,7 @@ def assert_close(found, expected, tolerance=TOLERANCE):
     )
 
 
+@pytest.mark.slow
 @given(st.permutations(range(N)), st.permutations(range(M)))
 def test_order_of_tokens(rows, columns):
   rows, columns = jnp.array(rows), jnp.array(columns)

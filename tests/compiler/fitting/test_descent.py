@@ -131,6 +131,7 @@ def test_a_fresh_network_changes_no_prediction(samples):
   np.testing.assert_allclose(kl(grown, sample), kl(linear(), sample), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_single_kind_of_feature_may_have_a_network(samples):
   only = asap_jax.DualMap(
     linear().directions, jnp.zeros((models.HEADS, 2)), ("cumulants",)

@@ -135,6 +135,7 @@ def test_two_devices_share_a_batch():
   assert float(norm) == pytest.approx(size, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   config = TrainConfig(steps=3, batch_size=8, learning_rate=float("nan"))
   with pytest.raises(FloatingPointError, match="small: training loss is nan"):

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.initializers.clouds import FAMILIES
 from experiments.initializers.solving import iterated, started
 from experiments.initializers.starts import GaussianInitializer
 
 
+@pytest.mark.slow
 def test_ott_gaussian_start_serves_both_costs():
   # More points than dimensions, for Gaussians that are not flat.
   clouds = FAMILIES["attention, modest logits"].problems(3, 64, 0, test=True)
