@@ -75,9 +75,7 @@ def compute(seed: int, steps: int, refine_steps: int) -> Pieces:
   That is where one Sinkhorn iteration from zero errs most, over all inputs.
   """
   data = digits(seed)
-  sinkhorn = functools.partial(
-    asap_jax.sinkhorn_attention, iterations=ITERATIONS, implementation="xla"
-  )
+  sinkhorn = functools.partial(asap_jax.sinkhorn_attention, iterations=ITERATIONS)
   teacher = Encoder(MODEL, sinkhorn, nnx.Rngs(seed))
   train_classifier(
     teacher, data.train, TrainConfig(steps), seed, "Training", shift_digits

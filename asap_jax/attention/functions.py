@@ -11,7 +11,11 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from asap_jax.attention.implementations.dispatch import ClosedPlan, Implementation
+from asap_jax.attention.implementations.dispatch import (
+  ClosedPlan,
+  Implementation,
+  choose_for,
+)
 from asap_jax.attention.implementations.softmax import SoftmaxPlan
 from asap_jax.attention.inputs import Inputs
 from asap_jax.attention.signature import attention_fn
@@ -19,6 +23,9 @@ from asap_jax.c_transform.entropic import check_closures, plan
 from asap_jax.dual_map.predict import DualMap, Steps, predict_dual
 from asap_jax.teacher.sinkhorn import sinkhorn_duals
 from asap_jax.teacher.starts import Start, check_start, starting_dual
+
+# Implementations of the exact iterations.
+Teacher = Literal["ott", "xla", "chunked", "cudnn"]
 
 
 @attention_fn(any_mask=True)
@@ -50,7 +57,7 @@ def sinkhorn_attention(
   inputs: Inputs,
   *,
   iterations: int = 20,
-  implementation: Literal["ott", "xla", "chunked", "cudnn"] = "ott",
+  implementation: Teacher | None = None,
   start: Start = "zero",
   relaxation: float = 1.0,
 ) -> Array:
@@ -59,7 +66,7 @@ def sinkhorn_attention(
   Rows are exact after any number of iterations, columns sum to n_valid / m_valid at
   convergence. From the Gaussian start one to three iterations come as close to it as
   twenty from zero (docs/gaussian_start.md). Works under jit, vmap and grad (through the
-  iterations and the start), with `"ott"` in reverse mode only.
+  iterations and the start), with `"ott"` and `"xla"` in reverse mode only.
 
   Args:
     inputs: all arguments of `asap_jax.attention.AttentionFn`; the mask is the outer
@@ -68,12 +75,14 @@ def sinkhorn_attention(
       g. None, `iterations=0`, leaves half of one: softmax attention whose logits carry
       the start's g as a bias of the keys; rows are exact. It needs another start than
       `"zero"`, from which it would be plain softmax.
-    implementation: `"ott"` is OTT-JAX's algorithm in the log domain, with an exact
-      gradient whose memory does not grow with `iterations`: for training. The others
-      are the same plan several times faster: for inference. `"xla"` forms n x m
-      kernels, `"chunked"` and `"cudnn"` take O(n + m) memory. Where the weights are
-      sown or dropped they are formed, whichever is named. Half an iteration is none of
-      OTT-JAX's: there `"ott"` takes the best of the others.
+    implementation: `None` takes the fastest for device, dtype, shape and number of
+      iterations. All are the same plan, with the exact gradient of what was run.
+      `"xla"` forms n x m kernels, on a CPU in blocks that stay in its cache, and its
+      gradient keeps the duals of the iterations and no matrix; `"chunked"` and
+      `"cudnn"` take O(n + m) memory forward. `"ott"` is OTT-JAX's algorithm in the log
+      domain, several times slower: the reference. Where the weights are sown or dropped
+      they are formed, whichever is named. Half an iteration is none of OTT-JAX's: there
+      `"ott"` takes the best of the others.
     start: `"zero"`, or a potential of Gaussians with the moments of queries and keys
       (`asap_jax.gaussian_potential`): `"gaussian"` is `"gaussian_low_rank"`, and there
       are `"gaussian_diagonal"` and `"gaussian_full"`.
@@ -99,30 +108,41 @@ def sinkhorn_attention(
     >>> layer(jax.random.normal(jax.random.key(0), (2, 6, 8))).shape
     (2, 6, 8)
   """
-  if implementation not in ("ott", *get_args(Implementation)):
+  if implementation is not None and implementation not in get_args(Teacher):
+    names = ", ".join(get_args(Teacher))
     raise ValueError(
-      f"implementation={implementation!r}: expected 'ott', 'xla', 'chunked' or 'cudnn'"
+      f"implementation={implementation!r}: expected None or one of {names}"
     )
   check_iterations(iterations, start, relaxation)
+  if implementation == "ott" and iterations > 0:
+    return inputs.attend(_by_ott(inputs, iterations, start, relaxation))
+  named = None if implementation == "ott" else implementation
+  chosen = choose_for(inputs, named, iterations)
   tokens = inputs.query, inputs.key, *inputs.masks
   if iterations == 0:
     g = starting_dual(start, *tokens, side="key")
     steps = Steps(relaxation=None, momentum=None, side="key")
-    named = None if implementation == "ott" else implementation
-    return inputs.attend(ClosedPlan(inputs, g, 0, steps, named))
+    return inputs.attend(ClosedPlan(inputs, g, 0, steps, chosen))
   f = starting_dual(start, *tokens)
-  if implementation == "ott":
-    if relaxation != 1.0:
-      raise ValueError(
-        f"relaxation={relaxation} with implementation='ott': OTT-JAX's iterations are "
-        "plain here; pass implementation='xla' or 'chunked'"
-      )
-    duals = sinkhorn_duals(inputs.logits, iterations, *inputs.masks, init=f)
-    return inputs.attend(plan(inputs.logits, duals, *inputs.masks))
   steps = Steps(
     relaxation=constant_relaxation(relaxation, iterations), momentum=None, side="query"
   )
-  return inputs.attend(ClosedPlan(inputs, f, iterations, steps, implementation))
+  plain = relaxation == 1.0
+  return inputs.attend(
+    ClosedPlan(inputs, f, iterations, steps, chosen, is_teacher=plain)
+  )
+
+
+def _by_ott(inputs: Inputs, iterations: int, start: Start, relaxation: float) -> Array:
+  """The plan of OTT-JAX's iterations."""
+  if relaxation != 1.0:
+    raise ValueError(
+      f"relaxation={relaxation} with implementation='ott': OTT-JAX's iterations are "
+      "plain here; pass implementation=None"
+    )
+  f = starting_dual(start, inputs.query, inputs.key, *inputs.masks)
+  duals = sinkhorn_duals(inputs.logits, iterations, *inputs.masks, init=f)
+  return plan(inputs.logits, duals, *inputs.masks)
 
 
 def constant_relaxation(relaxation: float, iterations: int) -> Array | None:
@@ -184,10 +204,9 @@ def asap_attention(
   """
   check_heads(dual_map, inputs)
   check_closures(dual_map.closures, **dual_map.steps)
+  chosen = choose_for(inputs, implementation, dual_map.closures)
   dual = predict_dual(dual_map, inputs.query, inputs.key, *inputs.masks)
-  closed = ClosedPlan(
-    inputs, dual, dual_map.closures, dual_map.steps, implementation, dual_map
-  )
+  closed = ClosedPlan(inputs, dual, dual_map.closures, dual_map.steps, chosen, dual_map)
   return inputs.attend(closed)
 
 

@@ -1,12 +1,13 @@
 """Flax NNX modules: a Sinkhorn layer to train, and the operator that replaces it."""
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
 
 from asap_jax.attention.functions import (
+  Teacher,
   asap_attention,
   check_iterations,
   sinkhorn_attention,
@@ -53,7 +54,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     iterations: int = 20,
     epsilon: float = 1.0,
     start: Start = "zero",
-    implementation: Literal["ott", "xla", "chunked", "cudnn"] = "ott",
+    implementation: Teacher | None = None,
     decode: bool = False,
     **kwargs: Any,
   ):

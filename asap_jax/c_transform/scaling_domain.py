@@ -27,6 +27,7 @@ from asap_jax.c_transform.entropic import (
   by_closure,
   check_closures,
   check_logits,
+  closure,
   closures,
   column_sums,
   plan,
@@ -43,6 +44,18 @@ _AXES = (..., slice(None), None), (..., None, slice(None))
 # Bounds scalings from above; their products with sums stay below the largest float32.
 _LARGEST = 1e30
 _LOG_LARGEST = 69.08
+
+
+class Iterates(NamedTuple):
+  """Duals on the way to those of a plan, one of each for every closure.
+
+  Attributes:
+    f: that a closure started at, `[count, ..., n]`.
+    g: that it computed, `[count, ..., m]`.
+  """
+
+  f: Float[Array, "count *batch n"]
+  g: Float[Array, "count *batch m"]
 
 
 class ScaledPlan(NamedTuple):
@@ -138,20 +151,38 @@ def scaled_plan(
   pairs = valid_pairs(*weights)
   if pairs is not None and not finite:
     logits = jnp.where(pairs, logits, 0.0)
-  return _scaled_plan(count, side, logits, dual, *weights, relaxation, momentum)
+  steps = relaxation, momentum
+  return _scaled_plan(count, side, False, logits, dual, *weights, *steps)[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def scaled_iterates(
+  logits: Float[Array, "*batch n m"],
+  f: Float[Array, "..."],
+  count: int,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
+) -> tuple[ScaledPlan, Iterates]:
+  """The plan of plain closures from f, and the duals that they went through.
+
+  Works under jit, vmap and grad, in reverse mode only; logits at absent points are
+  finite.
+  """
+  check_closures(count, None, None, "query")
+  return _scaled_iterates(count, logits, f, query_weights, key_weights)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _scaled_plan(
   count: int,
   side: Side,
+  keep: bool,
   logits: Array,
   dual: Array,
   query_weights: Masses,
   key_weights: Masses,
   relaxation: Array | None,
   momentum: Array | None,
-) -> ScaledPlan:
+) -> tuple[ScaledPlan, Iterates | None]:
   n, m = logits.shape[-2:]
   dtype = float_dtype(logits, dual)
   logits = logits.astype(dtype)
@@ -180,8 +211,11 @@ def _scaled_plan(
   fitted = _fitted(totals, absorbed, sums[other])
   queries, keys = (given, fitted) if side == "query" else (fitted, given)
 
+  iterates = None
   if side == "query":
     f = dual
+    if keep:
+      iterates = Iterates(f[None], keys.dual[None])
     kernel, keys, queries = half(kernel, keys, queries, axis=-1)
   elif count > 0:
     f = queries.dual
@@ -199,31 +233,69 @@ def _scaled_plan(
         scaling=jnp.where(queries.marginal > 0, jnp.exp(exponent), 0.0), dual=dual
       )
     kernel, queries, keys = half(kernel, queries, keys, axis=-2)
+    passed = Iterates(dual, keys.dual) if keep else None
     kernel, keys, queries = half(kernel, keys, queries, axis=-1)
-    return (kernel, queries, keys, dual, start), None
+    return (kernel, queries, keys, dual, start), passed
 
   if count > 1:
     carry = kernel, queries, keys, f, f
     factors = by_closure(relaxation, momentum, dtype)
-    carry, _ = jax.lax.scan(step, carry, factors, length=count - 1)
+    carry, later = jax.lax.scan(step, carry, factors, length=count - 1)
     kernel, queries, keys, *_ = carry
-  return ScaledPlan(
-    kernel, queries.scaling, keys.scaling, Duals(queries.dual, keys.dual)
-  )
+    if keep:
+      iterates = jax.tree.map(lambda *x: jnp.concatenate(x), iterates, later)
+  duals = Duals(queries.dual, keys.dual)
+  return ScaledPlan(kernel, queries.scaling, keys.scaling, duals), iterates
 
 
 @_scaled_plan.defjvp
-def _scaled_plan_jvp(count, side, primals, tangents):
+def _scaled_plan_jvp(count, side, keep, primals, tangents):
   # JAX drops custom rules where it differentiates a loop twice; in plain operations of
   # the log domain derivatives of every order are right there too.
   def in_log_domain(logits, dual, query_weights, key_weights, relaxation, momentum):
     weights = query_weights, key_weights
     options = {"relaxation": relaxation, "momentum": momentum, "side": side}
     duals = closures(logits, dual, count, *weights, **options)
-    dense = plan(logits, duals, *weights)
-    return ScaledPlan(dense, jnp.ones_like(duals.f), jnp.ones_like(duals.g), duals)
+    return _in_log_domain(logits, duals, *weights), None
 
   return jax.jvp(in_log_domain, primals, tangents)
+
+
+def _in_log_domain(
+  logits: Array, duals: Duals, query_weights: Masses, key_weights: Masses
+) -> ScaledPlan:
+  dense = plan(logits, duals, query_weights, key_weights)
+  return ScaledPlan(dense, jnp.ones_like(duals.f), jnp.ones_like(duals.g), duals)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled_iterates(count, logits, f, query_weights, key_weights):
+  weights = query_weights, key_weights
+  return _scaled_plan(count, "query", True, logits, f, *weights, None, None)
+
+
+def _iterates_in_log_domain(count, logits, f, *weights):
+  def step(f, _):
+    closed = closure(logits, f, *weights)
+    return closed.f, Iterates(f, closed.g)
+
+  f, iterates = jax.lax.scan(step, zero_invalid(f, weights[0]), length=count)
+  return _in_log_domain(logits, Duals(f, iterates.g[-1]), *weights), iterates
+
+
+def _scaled_iterates_forward(count, *arguments):
+  # Where the forward pass of a gradient is differentiated once more. JAX (0.10) mixes
+  # up residuals that are inputs where it differentiates a loop twice.
+  kept = jax.lax.optimization_barrier(arguments)
+  return _iterates_in_log_domain(count, *arguments), kept
+
+
+def _scaled_iterates_backward(count, arguments, cotangents):
+  iterate = functools.partial(_iterates_in_log_domain, count)
+  return jax.vjp(iterate, *arguments)[1](cotangents)
+
+
+_scaled_iterates.defvjp(_scaled_iterates_forward, _scaled_iterates_backward)
 
 
 class _Side(NamedTuple):

@@ -44,7 +44,7 @@ def cuts(teacher: Sinkhorn) -> list[Operator]:
   """A teacher stopped earlier, and not stopped but in its fastest form."""
   kept = [k for k in CUTS if k < teacher.iterations]
   return [
-    dataclasses.replace(teacher, iterations=k, implementation="xla")
+    dataclasses.replace(teacher, iterations=k, implementation=None)
     for k in (*kept, teacher.iterations)
   ]
 

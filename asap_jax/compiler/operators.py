@@ -64,14 +64,16 @@ class Sinkhorn:
 
   Attributes:
     iterations: full iterations (static, as all others).
-    implementation: `"ott"` is the teacher as it was trained; others are the same plan
-      and differ in the time they take.
+    implementation: see `asap_jax.sinkhorn_attention`; all are the same plan and differ
+      in the time they take.
     start: of the iterations; see `asap_jax.sinkhorn_attention`.
     relaxation: likewise.
   """
 
   iterations: int = dataclasses.field(metadata={"static": True})
-  implementation: str = dataclasses.field(default="xla", metadata={"static": True})
+  implementation: str | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
   start: Start = dataclasses.field(default="zero", metadata={"static": True})
   relaxation: float = dataclasses.field(default=1.0, metadata={"static": True})
 

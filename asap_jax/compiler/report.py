@@ -124,7 +124,7 @@ class Report:
   Attributes:
     layers: one report per layer, in the model's order.
     model_milliseconds: median times of the whole model's forward pass on a calibration
-      batch: `"as trained"`, `"exact, fastest"` (all iterations, in the scaling domain),
+      batch: `"as trained"`, `"exact, fastest"` (all iterations, in their fastest form),
       `"compiled"`, and `"softmax"` in the place of every Sinkhorn attention.
     target_tv: that operators were chosen by; `None` for a fixed operator.
     seconds: wall time of the whole compilation.

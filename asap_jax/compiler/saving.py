@@ -6,7 +6,6 @@ dtypes, and a digest of every file. Nothing in it is code: loading runs none.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -27,7 +26,12 @@ from asap_jax.attention.layers import AsapAttention
 from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.report import device_kind
-from asap_jax.compiler.sites import find_held, find_sinkhorn, replace_sites
+from asap_jax.compiler.sites import (
+  Replacement,
+  find_held,
+  find_sinkhorn,
+  replace_sites,
+)
 from asap_jax.dual_map.predict import DualMap
 
 FORMAT = 2
@@ -66,7 +70,8 @@ def save(
     )
     raise FileExistsError(f"path={path} exists already: {reason}")
   sites = _saved_sites(model)
-  if all(site.get("implementation") == "ott" for site in sites):
+  compiled = AsapAttention, CandidateAttention, Replacement
+  if not any(find_held(model, kind) for kind in compiled):
     raise ValueError("model holds no compiled attention: expected asap_jax.compile's")
   state = nnx.state(model, nnx.Not(nnx.Intermediate))
   arrays = _flat_state(state)
@@ -305,7 +310,7 @@ def _blank_function(
   blank = _blank(saved, options)
   if isinstance(blank, AsapAttention):
     return blank
-  return functools.partial(blank.attention_fn, **options)
+  return Replacement(blank.attention_fn, **options)
 
 
 def _blank(saved: dict[str, Any], options: dict[str, Any]) -> Sinkhorn | AsapAttention:

@@ -20,6 +20,14 @@ Held = TypeVar("Held")
 _SIGNATURE = inspect.signature(sinkhorn_attention)
 
 
+class Replacement(functools.partial):
+  """An attention function that was put in the place of a teacher's.
+
+  Exact iterations that were chosen look like those of a model that was never compiled
+  but for this.
+  """
+
+
 class Site(NamedTuple):
   """A Sinkhorn attention function held by a module of a model.
 

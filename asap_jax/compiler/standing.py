@@ -21,7 +21,7 @@ from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.recording import Layer, Observer
 from asap_jax.compiler.report import TEACHER, Alternative, LayerReport
 from asap_jax.compiler.selection import Candidate, Selection, select
-from asap_jax.compiler.sites import Site
+from asap_jax.compiler.sites import Replacement, Site
 
 
 class Standing(NamedTuple):
@@ -195,11 +195,11 @@ def attention_at(
   is_stacked = any(layer.site is site and layer.index is not None for layer in layers)
   if not keep_candidates:
     if own[0].label == TEACHER:
-      return site.function
+      return Replacement(site.function)
     held = _held([each.operator for each in own], site, is_stacked)
     if isinstance(held, AsapAttention):
       return held
-    return functools.partial(held.attention_fn, **site.options)
+    return Replacement(held.attention_fn, **site.options)
   operators, tvs = {}, {}
   for label in own[0].candidates:
     of_layers, tvs[label] = zip(*(each.candidates[label] for each in own), strict=True)

@@ -3,9 +3,9 @@ r"""Gradient of a fixed number of Sinkhorn iterations, in memory that T leaves a
 Unrolled differentiation keeps, or recomputes, an n x m matrix for each half-iteration.
 All of them are one matrix scaled on both sides: with the final plan
 $P = \exp(S + f + g)$ and $u_t = \exp(f_t - f)$, $v_t = \exp(g_t - g)$, the plan of any
-iterate is $u_t P v_t$. So the iterates are recovered by matrix-vector products with P,
-cotangents go back through more of them, and the cotangent of S is P times a matrix of
-rank 2T.
+iterate is $u_t P v_t$. So cotangents go back through the iterations by two
+matrix-vector products with P each, and the cotangent of S is P times a matrix of rank
+2T; of the forward pass nothing is kept but the duals.
 
 There are two domains, since u and v leave float32's range where an iterate is far from
 the end (sharp logits). The same recursion then runs in the log domain, which holds for
@@ -16,115 +16,208 @@ $f_t = \log a - LSE_j(S + g_t)$; Peyré and Cuturi, 2019, "Computational Optimal
 Transport", section 9.1.3, has the principle.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
 import jax
 import jax.numpy as jnp
-from jax.nn import logsumexp
 from jaxtyping import Array, Float
 
+from asap_jax.c_transform.entropic import LOG_ZERO, Duals
+from asap_jax.c_transform.scaling_domain import Iterates
 from asap_jax.numerics import exact_einsum
+
+T = TypeVar("T")
 
 # |log u|, |log v| up to which the scaling domain is used. Entries of P that underflow
 # (below e^-87) could then have had a weight of e^(60 - 87) at most in any iterate.
 _LOG_RANGE = 30.0
 
 
-def unrolled_cotangents(
-  logits: Float[Array, "*batch n m"],
-  a: Float[Array, "*batch n"],
-  b: Float[Array, "*batch m"],
-  start: Float[Array, "*batch n"],
-  f: Float[Array, "*batch n"],
-  g: Float[Array, "*batch m"],
-  f_bar: Float[Array, "*batch n"],
-  g_bar: Float[Array, "*batch m"],
-  iterations: int,
-) -> tuple[Array, Array, Array, Array]:
-  """Cotangents of logits, a, b and start of `iterations` full Sinkhorn iterations.
+class Cotangents(NamedTuple):
+  """Of what `iterations` are a function of; zero at absent points.
 
-  Logits are finite; a and b are masses, zero where absent, and the cotangents are zero
-  there, too. f and g are the last duals, in the convention where exp(S + f + g) has row
-  sums a; they may hold anything at absent points. The first iteration took `start`.
+  Attributes:
+    logits: `[..., n, m]`.
+    a: masses of the rows, `[..., n]`.
+    b: masses of the columns, `[..., m]`.
+    start: the dual that the first iteration took, `[..., n]`.
   """
-  rows, columns = a > 0, b > 0
-  f, start, f_bar = (jnp.where(rows, x, 0.0) for x in (f, start, f_bar))
-  g, g_bar = (jnp.where(columns, x, 0.0) for x in (g, g_bar))
-  pairs = rows[..., :, None] & columns[..., None, :]
-  logits = jnp.where(pairs, logits, -1e30)
 
-  def plan_of(f, g):
-    return jnp.exp(logits + f[..., :, None] + g[..., None, :])
+  logits: Float[Array, "*batch n m"]
+  a: Float[Array, "*batch n"]
+  b: Float[Array, "*batch m"]
+  start: Float[Array, "*batch n"]
 
-  plan = plan_of(f, g)
 
-  def iterate(u, _):
-    v = _divide(b, _to_columns(plan, u), columns)
-    new = _divide(a, _to_rows(plan, v), rows)
-    return new, (u, v, new)
+class Iterations(NamedTuple):
+  """What the backward pass knows of full Sinkhorn iterations.
 
-  first = jnp.where(rows, jnp.exp(start - f), 0.0)
-  _, scalings = jax.lax.scan(iterate, first, length=iterations)
-  # Zero or infinite scalings give an infinite spread, NaN compares false.
-  spread = [
-    jnp.max(jnp.abs(jnp.log(jnp.where(there, scaling, 1.0))), initial=0.0)
-    for scaling, there in zip(scalings, (rows, columns, rows), strict=True)
-  ]
+  Attributes:
+    logits: S, `[..., n, m]`, finite.
+    a: sums of the plan's rows, `[..., n]`, zero where absent.
+    b: of its columns, `[..., m]`, likewise.
+    duals: the last ones; exp(S + f + g) has row sums a. They may hold anything at
+      absent points, as the next.
+    iterates: of all iterations, in the same convention.
+  """
 
-  def by_scaling():
-    def backward(carry, scalings):
+  logits: Float[Array, "*batch n m"]
+  a: Float[Array, "*batch n"]
+  b: Float[Array, "*batch m"]
+  duals: Duals
+  iterates: Iterates
+
+  def plan(self) -> Array:
+    """That of the last duals."""
+    _, f, _, _, g = self._sides()
+    return self._plan_of(f, g)
+
+  def _plan_of(self, f: Array, g: Array) -> Array:
+    return jnp.exp(self.logits + f[..., :, None] + g[..., None, :])
+
+  def _sides(self) -> tuple[Array, Array, Array, Array, Array]:
+    return _sides(*self[1:])
+
+  def cotangents(
+    self, in_range: bool, bars: Duals, factors: Sequence[Array] = ()
+  ) -> Cotangents:
+    """Cotangents of the iterations, from those of their last duals.
+
+    Args:
+      in_range: whether to take the scaling domain, or the log domain.
+      bars: cotangents of the last duals.
+      factors: two matrices `[..., n, k]` and `[..., m, k]`, whose product is the plan's
+        own cotangent, to add what reaches the logits through the plan, the duals apart.
+    """
+    rows, columns = self.a > 0, self.b > 0
+    bars = Duals(jnp.where(rows, bars.f, 0.0), jnp.where(columns, bars.g, 0.0))
+    backward = self._by_scaling if in_range else self._by_logarithm
+    logits_bar, f_bars, g_bars, start_bar = backward(bars, factors, rows, columns)
+    return Cotangents(
+      logits_bar,
+      _divide(f_bars.sum(0), self.a, rows),
+      _divide(g_bars.sum(0), self.b, columns),
+      jnp.where(rows, start_bar, 0.0),
+    )
+
+  def _by_scaling(self, bars, factors, rows, columns):
+    before, f, after, gs, g = self._sides()
+    plan = self._plan_of(f, g)
+    scalings = jnp.exp(before - f), jnp.exp(gs - g), jnp.exp(after - f)
+
+    def step(carry, scalings):
       f_bar, g_bar = carry
       before, v, after = scalings
-      row_part = _divide(f_bar * after, a, rows)
+      row_part = _divide(f_bar * after, self.a, rows)
       g_bar = g_bar - v * _to_columns(plan, row_part)
-      column_part = _divide(g_bar * v, b, columns)
+      column_part = _divide(g_bar * v, self.b, columns)
       start_bar = -before * _to_rows(plan, column_part)
-      parts = (row_part, v), (before, column_part)
-      return (start_bar, jnp.zeros_like(g_bar)), (parts, f_bar, g_bar)
+      return (start_bar, jnp.zeros_like(g_bar)), (row_part, column_part, f_bar, g_bar)
 
-    (start_bar, _), (parts, f_bars, g_bars) = jax.lax.scan(
-      backward, (f_bar, g_bar), scalings, reverse=True
+    (start_bar, _), (row_parts, column_parts, f_bars, g_bars) = jax.lax.scan(
+      step, tuple(bars), scalings, reverse=True
     )
-    outer = [exact_einsum("t...n,t...m->...nm", *part) for part in parts]
-    return -plan * (outer[0] + outer[1]), f_bars.sum(0), g_bars.sum(0), start_bar
+    # One product of rank 2T, and of the plan's own cotangent with it.
+    u, v, _ = scalings
+    by_row, by_column = (
+      jnp.concatenate([*own, *(jnp.moveaxis(x, 0, -1) for x in parts)], -1)
+      for own, parts in (
+        (factors[:1], (-row_parts, -u)),
+        (factors[1:], (v, column_parts)),
+      )
+    )
+    logits_bar = plan * exact_einsum("...nt,...mt->...nm", by_row, by_column)
+    return logits_bar, f_bars, g_bars, start_bar
 
-  def by_logarithm():
-    log_a, log_b = (jnp.log(jnp.where(x > 0, x, 1.0)) for x in (a, b))
+  def _by_logarithm(self, bars, factors, rows, columns):
+    before, f, after, gs, g = self._sides()
 
-    def forward(f, _):
-      g = jnp.where(columns, log_b - logsumexp(logits + f[..., :, None], axis=-2), 0.0)
-      new = jnp.where(rows, log_a - logsumexp(logits + g[..., None, :], axis=-1), 0.0)
-      return new, (f, g, new)
-
-    def backward(carry, duals):
+    def step(carry, duals):
       f_bar, g_bar, logits_bar = carry
       before, g, after = duals
-      row_plan, row_part = plan_of(after, g), _divide(f_bar, a, rows)
+      row_plan, row_part = self._plan_of(after, g), _divide(f_bar, self.a, rows)
       g_bar = g_bar - _to_columns(row_plan, row_part)
-      column_plan, column_part = plan_of(before, g), _divide(g_bar, b, columns)
+      column_plan, column_part = (
+        self._plan_of(before, g),
+        _divide(g_bar, self.b, columns),
+      )
       logits_bar = logits_bar - row_plan * row_part[..., :, None]
       logits_bar = logits_bar - column_plan * column_part[..., None, :]
       start_bar = -_to_rows(column_plan, column_part)
       return (start_bar, jnp.zeros_like(g_bar), logits_bar), (f_bar, g_bar)
 
-    _, duals = jax.lax.scan(forward, start, length=iterations)
+    direct = jnp.zeros_like(self.logits)
+    if factors:
+      direct = self._plan_of(f, g) * exact_einsum("...nt,...mt->...nm", *factors)
     (start_bar, _, logits_bar), (f_bars, g_bars) = jax.lax.scan(
-      backward, (f_bar, g_bar, jnp.zeros_like(plan)), duals, reverse=True
+      step, (*bars, direct), (before, gs, after), reverse=True
     )
-    return logits_bar, f_bars.sum(0), g_bars.sum(0), start_bar
+    return logits_bar, f_bars, g_bars, start_bar
 
-  logits_bar, f_sum, g_sum, start_bar = jax.lax.cond(
-    jnp.stack(spread).max() <= _LOG_RANGE, by_scaling, by_logarithm
+
+def _sides(
+  a: Array, b: Array, duals: Duals, iterates: Iterates
+) -> tuple[Array, Array, Array, Array, Array]:
+  """f before each iteration, at last, and after each; g of each, and at last."""
+  rows, columns = a > 0, b > 0
+  before = jnp.where(rows, iterates.f, LOG_ZERO)
+  f = jnp.where(rows, duals.f, LOG_ZERO)
+  after = jnp.concatenate([before[1:], f[None]])
+  gs = jnp.where(columns, iterates.g, LOG_ZERO)
+  return before, f, after, gs, jnp.where(columns, duals.g, LOG_ZERO)
+
+
+def in_range(a: Array, b: Array, duals: Duals, iterates: Iterates) -> Array:
+  """Whether the scaling domain serves: one decision for all of the batch."""
+  before, f, _, gs, g = _sides(a, b, duals, iterates)
+  spread = [jnp.max(jnp.abs(x), initial=0.0) for x in (before - f, gs - g)]
+  return jnp.maximum(*spread) <= _LOG_RANGE
+
+
+def by_domain(function: Callable[..., T], in_range: Array, *arguments: Any) -> T:
+  """`function(in_range, *arguments)`, which is static there, as the array tells.
+
+  Args:
+    function: hashable, of arrays that are all among the arguments.
+    in_range: one boolean.
+    *arguments: pytrees of arrays.
+  """
+  return _by_domain(function, in_range, *arguments)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_domain(function, in_range, *arguments):
+  # The log domain as a loop of no or one turn: XLA keeps the rest as it is, while a
+  # branch would cost a tenth of it, and under vmap both would always be taken.
+  found, _ = jax.lax.while_loop(
+    lambda carry: ~carry[1],
+    lambda carry: (function(False, *arguments), jnp.ones((), bool)),
+    (function(True, *arguments), in_range),
   )
-  return (
-    jnp.where(pairs, logits_bar, 0.0),
-    _divide(f_sum, a, rows),
-    _divide(g_sum, b, columns),
-    jnp.where(rows, start_bar, 0.0),
-  )
+  return found
+
+
+@_by_domain.defjvp
+def _by_domain_jvp(function, primals, tangents):
+  (in_range, *arguments), (_, *moved) = primals, tangents
+
+  def branch(*arguments):
+    branches = (functools.partial(function, domain) for domain in (True, False))
+    return jax.lax.cond(in_range, *branches, *arguments)
+
+  return jax.jvp(branch, arguments, moved)
 
 
 def _divide(numerator: Array, denominator: Array, there: Array) -> Array:
   """Quotient, zero where there is no mass."""
   return jnp.where(there, numerator / jnp.where(there, denominator, 1.0), 0.0)
+
+
+def cotangents(in_range: bool, passed: Iterations, bars: Duals) -> Cotangents:
+  """`Iterations.cotangents`, for `by_domain`."""
+  return passed.cotangents(in_range, bars)
 
 
 def _to_rows(matrix: Array, vector: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.c_transform.entropic import Duals, closure
-from asap_jax.c_transform.scaling_domain import scaled_plan
+from asap_jax.c_transform.scaling_domain import scaled_iterates, scaled_plan
 from asap_jax.masses import (
   Masses,
   check_weights,
@@ -23,7 +23,7 @@ from asap_jax.masses import (
   zero_invalid,
 )
 from asap_jax.numerics import float_dtype
-from asap_jax.teacher.gradient import unrolled_cotangents
+from asap_jax.teacher.gradient import Iterations, by_domain, cotangents, in_range
 
 
 def sinkhorn_duals(
@@ -120,15 +120,20 @@ def _iterate(
   return solve(logits, a, b, start)
 
 
-def _iterate_forward(iterations, logits, a, b, start):
-  f, g = _iterate(iterations, logits, a, b, start)
+def _iterate_forward(iterations, *arguments):
   # JAX (0.10) mixes up residuals that are inputs where it differentiates a loop twice.
-  return (f, g), jax.lax.optimization_barrier((logits, a, b, start, f, g))
+  return _iterate(iterations, *arguments), jax.lax.optimization_barrier(arguments)
 
 
-def _iterate_backward(iterations, residuals, cotangents):
-  arguments = (*residuals, *cotangents, iterations)
-  return tuple(unrolled_cotangents(*arguments))
+def _iterate_backward(iterations, residuals, bars):
+  logits, a, b, start = residuals
+  # The same iterations, fast. Their plan sums to the number of queries, OTT's to one.
+  scaled, iterates = scaled_iterates(logits, start, iterations, a, b)
+  count = jnp.log(jnp.maximum((a > 0).sum(-1, keepdims=True), 1).astype(a.dtype))
+  duals = scaled.duals._replace(g=scaled.duals.g - count)
+  iterates = iterates._replace(g=iterates.g - count)
+  passed = Iterations(logits, a, b, duals, iterates)
+  return tuple(by_domain(cotangents, in_range(*passed[1:]), passed, Duals(*bars)))
 
 
 _iterate.defvjp(_iterate_forward, _iterate_backward)

@@ -95,7 +95,6 @@ def trainable(text: str) -> str:
 def _function(name: str) -> Callable[..., jax.Array]:
   # Before the options: who misspells a name is told so.
   attention_named(name)
-  base, cut, _ = name.partition("@")
+  base = name.partition("@")[0]
   options = _OPTIONS.get(base, {})
-  # Few iterations are rivals: in their fastest form, in training too.
-  return attention_named(name, **options, **({"implementation": "xla"} if cut else {}))
+  return attention_named(name, **options)

@@ -39,7 +39,9 @@ class FrozenLayer(nnx.Module):
       for name in ("qkv", "o", "m1", "m2")
     )
     self.heads = heads
-    self.attention_fn = functools.partial(sinkhorn_attention, iterations=ITERATIONS)
+    self.attention_fn = functools.partial(
+      sinkhorn_attention, iterations=ITERATIONS, implementation="ott"
+    )
 
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`[batch, n, width]` to an array like it; `mask` as in attention functions."""

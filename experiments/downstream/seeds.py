@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 import asap_jax
+from experiments.common import replacements
 from experiments.common.timing import Laps
 from experiments.datasets.loaders import Batch
 from experiments.datasets.tasks import Task
@@ -42,7 +43,7 @@ def run_seed(
   """
   laps = Laps()
   trained, about = train_all(names, data, preset, seed, directory)
-  teacher = trained["sinkhorn"]
+  teacher = trained["sinkhorn"] = replacements.by_ott(trained["sinkhorn"])
   # In all processes that had a share in it.
   train_seconds = sum(each["train_seconds"] for each in about.values())
   laps.end("train")

@@ -93,6 +93,8 @@ def run(
       train_encoders(own, data.train, config, seed, steps)
     )
     laps.end("train")
+    if "sinkhorn" in models:
+      models["sinkhorn"] = replacements.by_ott(models["sinkhorn"])
     models |= derived(names, models.get("sinkhorn"), data.train, seed, refine_steps)
     laps.end("compile")
     for name in names:

@@ -132,18 +132,40 @@ def _sinkhorn(name: str, problem: Problem) -> list[Candidate]:
 
 
 def _sinkhorn_step(name: str, problem: Problem) -> list[Candidate]:
-  """OTT-JAX forward with this package's gradient, and OTT-JAX with its own."""
+  """All iterations, in all forms that have a gradient."""
   iterations, absent = problem.iterations, _no_ott()
-  ott = functools.partial(
-    asap_jax.sinkhorn_attention, iterations=iterations, implementation="ott"
-  )
+  teacher = functools.partial(asap_jax.sinkhorn_attention, iterations=iterations)
+  own = [
+    Candidate(
+      name,
+      implementation,
+      training_step(functools.partial(teacher, implementation=implementation)),
+      4 * _in_flight(problem) if implementation == "xla" else 0,
+      unavailable=_no_cudnn(problem) if implementation == "cudnn" else None,
+    )
+    for implementation in IMPLEMENTATIONS
+  ]
+  ott = functools.partial(teacher, implementation="ott")
   unrolled = functools.partial(unrolled_sinkhorn, iterations=iterations)
   # Unrolled, every iteration keeps matrices for its gradient.
   held = 3.5 * iterations
   return [
+    *own,
     Candidate(name, "ott", training_step(ott), 6, unavailable=absent),
     Candidate(name, "ott_unrolled", training_step(unrolled), held, unavailable=absent),
   ]
+
+
+def _few_steps(name: str, problem: Problem) -> list[Candidate]:
+  """Few iterations from a start, in the form that is taken by default."""
+  start, _, count = name.removesuffix("_step").partition("@")
+  few = functools.partial(
+    asap_jax.sinkhorn_attention,
+    iterations=int(count),
+    start="zero" if start == "sinkhorn" else start,
+  )
+  matrices = 4 * _in_flight(problem)
+  return [Candidate(name, "default", training_step(few), matrices)]
 
 
 def _peer(name: str, problem: Problem) -> list[Candidate]:
@@ -213,5 +235,8 @@ METHODS: dict[str, Callable[[str, Problem], list[Candidate]]] = {
   "sinkhorn@2": _sinkhorn,
   "softmax_step": _softmax,
   "sinkhorn_step": _sinkhorn_step,
+  "sinkhorn@2_step": _few_steps,
+  "gaussian_diagonal@2_step": _few_steps,
+  "gaussian@2_step": _few_steps,
   **dict.fromkeys(PEERS, _peer),
 }

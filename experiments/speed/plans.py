@@ -9,7 +9,14 @@ from experiments.speed.problem import Shape
 DTYPES = ("float32", "bfloat16", "float16")
 SLICES = (8, 2, 4)
 # Left out at a preset's brief shapes, as are all slice counts but the first.
-FULL_ONLY = ("asap_linear", "softmax_step", "sinkhorn_step")
+FULL_ONLY = (
+  "asap_linear",
+  "softmax_step",
+  "sinkhorn_step",
+  "sinkhorn@2_step",
+  "gaussian_diagonal@2_step",
+  "gaussian@2_step",
+)
 
 
 class Preset(NamedTuple):

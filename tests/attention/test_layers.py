@@ -86,7 +86,7 @@ def test_start_and_implementation_are_those_of_the_function(options):
     return layer.out(sinkhorn_attention(*tokens, mask=mask, epsilon=0.5, **options))
 
   np.testing.assert_allclose(layer(X, mask=mask), expected(), atol=1e-5)
-  defaults = {"start": "zero", "implementation": "ott"}
+  defaults = {"start": "zero", "implementation": None}
   assert layer.attention_fn.keywords == {"epsilon": 0.5, **defaults, **options}
 
 

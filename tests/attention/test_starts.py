@@ -279,7 +279,10 @@ def test_columns_are_far_better_than_from_zero_where_logits_are_sharp():
     ({"start": "gauss"}, r"start='gauss': expected one of zero, gaussian, "),
     ({"relaxation": 0.9, "implementation": "xla"}, r"relaxation=0.9: expected .* 1 to"),
     ({"relaxation": 2.0, "implementation": "xla"}, r"relaxation=2.0: expected"),
-    ({"relaxation": 1.5}, r"relaxation=1.5 with implementation='ott'"),
+    (
+      {"relaxation": 1.5, "implementation": "ott"},
+      r"relaxation=1.5 with implementation='ott'",
+    ),
     ({"implementation": "scaling", "start": "gaussian"}, r"implementation='scaling'"),
     (
       {"implementation": "cudnn", "start": "gaussian", "iterations": 0},

@@ -55,7 +55,7 @@ def test_plan_of_bound_options_is_that_of_the_attention(options):
     asap_jax.sinkhorn_attention, implementation="xla", **options
   )
   operator = operator_of(function)
-  assert operator == Sinkhorn(**options)
+  assert operator == Sinkhorn(implementation="xla", **options)
   plan = plan_of(ACTIVATION, operator)
   # Values of the identity give the weights.
   value = jnp.broadcast_to(jnp.eye(SHAPE[2])[:, None], (2, SHAPE[2], 3, SHAPE[2]))
@@ -72,7 +72,7 @@ def test_plan_of_bound_options_is_that_of_the_attention(options):
 
 
 def test_iterations_that_are_not_bound_are_the_default():
-  assert operator_of(asap_jax.sinkhorn_attention) == Sinkhorn(20, "ott")
+  assert operator_of(asap_jax.sinkhorn_attention) == Sinkhorn(20)
   scaling = functools.partial(asap_jax.sinkhorn_attention, implementation="xla")
   assert operator_of(scaling) == Sinkhorn(20, "xla")
 

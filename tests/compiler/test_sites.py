@@ -81,7 +81,7 @@ def test_sites_know_their_start_and_half_iterations_are_left_out():
 
   sites = {site.name: site for site in find_sinkhorn(Model())}
   assert sites.keys() == {"first", "bound"}
-  assert sites["first"].teacher == Sinkhorn(2, "ott", "gaussian")
+  assert sites["first"].teacher == Sinkhorn(2, None, "gaussian")
   assert sites["first"].options == {"epsilon": 0.5}
   assert sites["bound"].teacher == Sinkhorn(20, "xla", relaxation=1.5)
   assert sites["bound"].options == {"scale": 0.3}

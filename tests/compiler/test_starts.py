@@ -97,7 +97,7 @@ def test_the_reference_is_the_plan_of_the_teacher_itself(kind):
 @pytest.mark.slow
 def test_every_other_form_of_such_a_teacher_has_its_plans():
   teacher = TEACHERS["gaussian"]()
-  own = Sinkhorn(2, "ott", "gaussian")
+  own = Sinkhorn(2, None, "gaussian")
   operators = [dataclasses.replace(own, implementation=n) for n in ("xla", "chunked")]
   expected, found = plans(teacher, [own, *operators])
   for each in found:

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+T = TypeVar("T")  # a pytree of arrays
 
 # Pairs of tokens in a block that stays in a CPU's cache: 4 MiB of float32.
 _PAIRS = 2**20
@@ -20,16 +23,16 @@ def block_size(total: int, most: int) -> int:
 
 
 def by_blocks(
-  function: Callable[..., Array],
+  function: Callable[..., T],
   batch: Sequence[int],
   most: int,
   arguments: Sequence[Array | None],
   own: Sequence[int],
-) -> Array:
+) -> T:
   """`function` of at most `most` elements of the batch at a time, one after another.
 
   Args:
-    function: of arguments with one batch axis.
+    function: of arguments with one batch axis, which its arrays have in front.
     batch: the batch axes of the arguments, up to broadcasting.
     most: elements in a block.
     arguments: arrays, or `None`.
@@ -46,17 +49,18 @@ def by_blocks(
     None if array is None else split(array, axes)
     for array, axes in zip(arguments, own, strict=True)
   ]
-  out = jax.lax.map(lambda block: function(*block), blocks)
-  return out.reshape(*batch, *out.shape[2:])
+  found = jax.lax.map(lambda block: function(*block), blocks)
+  return jax.tree.map(lambda out: out.reshape(*batch, *out.shape[2:]), found)
 
 
 def in_cache(
-  function: Callable[..., Array],
+  function: Callable[..., T],
   batch: Sequence[int],
   pairs: int,
   arguments: Sequence[Array | None],
   own: Sequence[int],
-) -> Array:
+  most_pairs: int = _PAIRS,
+) -> T:
   """`function` of the whole batch; on a CPU of blocks that stay in the cache.
 
   Args:
@@ -65,10 +69,11 @@ def in_cache(
     pairs: of tokens in one element of the batch.
     arguments: see there.
     own: see there.
+    most_pairs: of a block.
   """
-  if math.prod(batch) * pairs <= _PAIRS:
+  if math.prod(batch) * pairs <= most_pairs:
     return function(*arguments)
-  most = max(_PAIRS // pairs, 1)
+  most = max(most_pairs // pairs, 1)
   return jax.lax.platform_dependent(
     *arguments,
     cpu=lambda *arguments: by_blocks(function, batch, most, arguments, own),

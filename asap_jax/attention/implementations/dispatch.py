@@ -25,6 +25,10 @@ from asap_jax.attention.implementations.cudnn import (
   unsupported,
 )
 from asap_jax.attention.implementations.cudnn_sums import head_dim
+from asap_jax.attention.implementations.iterated import (
+  iterated_attention,
+  iterated_plan,
+)
 from asap_jax.attention.implementations.xla import (
   predicted_attention,
   scaled_attention,
@@ -39,8 +43,12 @@ Implementation = Literal["xla", "chunked", "cudnn"]
 # heads come one after another, 256 MiB of one head.
 _DENSE = 2**28
 _DENSE_HEAD = 2**26
-# Below this length two fused calls a closure are not worth their overhead.
-_CUDNN_LENGTH = 128
+# Below this length two fused calls a closure are not worth their overhead; for many
+# closures, which read one kernel again and again, below the other. (H100, JAX 0.11.2,
+# bfloat16: 20 iterations of 512 heads of 197 tokens take 4.8 ms with cuDNN and 2.5
+# without, of 64 heads of 1,024 tokens 4.5 and 5.3; a compiled layer 1.0 and 1.2, and
+# 1.0 and 1.6.)
+_CUDNN_LENGTH, _CUDNN_LENGTH_OF_MANY, _CUDNN_FEW = 128, 1024, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,32 +60,34 @@ class ClosedPlan:
     dual: to start at, `[batch..., heads, n or m]`.
     count: closures.
     steps: what is between them and whose dual it is, as in `asap_jax.closures`.
-    implementation: a name, or `None` for the best.
+    implementation: which serves (`choose`).
     dual_map: what predicted the dual, to be fused with the closures where that is
       faster; or `None`.
+    is_teacher: whether the closures are plain iterations, as many as one likes, whose
+      gradient has to be cheap: then `"xla"` and the dense weights have reverse mode
+      only (`asap_jax.attention.implementations.iterated`).
   """
 
   inputs: Inputs
   dual: Array
   count: int
   steps: Steps
-  implementation: Implementation | None = None
+  implementation: Implementation
   dual_map: DualMap | None = None
+  is_teacher: bool = False
 
   def dense(self) -> Array:
     """Weights, `[batch..., heads, n, m]`."""
     logits, masks = self.inputs.logits, self.inputs.masks
+    if self.is_teacher:
+      return iterated_plan(logits, self.dual, self.count, *masks)
     return scaled_plan(logits, self.dual, self.count, *masks, **self.steps).dense()
 
   def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
-    """Weights times values, by the implementation that is named or best.
-
-    Raises:
-      ValueError: if the named implementation cannot serve (`choose`).
-    """
+    """Weights times values."""
     close = functools.partial(self._close, precision=precision)
     dual_map, inputs = self.dual_map, self.inputs
-    if dual_map is None or dual_map.network is not None or self.chosen != "xla":
+    if dual_map is None or dual_map.network is not None or self.implementation != "xla":
       return close(value)
     n, m = inputs.query.shape[-2], inputs.key.shape[-2]
     # With masks, or from the key side, XLA does not fuse prediction and closures.
@@ -94,24 +104,27 @@ class ClosedPlan:
 
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     inputs = self.inputs
-    options: dict[str, Any] = {
-      **self.steps,
-      "bias": inputs.bias,
-      "precision": precision,
+    options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
+    iterated = self.is_teacher and self.implementation == "xla"
+    if not iterated:
+      options |= self.steps
+    functions = {
+      "xla": iterated_attention if iterated else scaled_attention,
+      "chunked": chunked_attention,
     }
-    functions = {"xla": scaled_attention, "chunked": chunked_attention}
-    attend = functions.get(self.chosen, cudnn_attention)
+    attend = functions.get(self.implementation, cudnn_attention)
     tokens: tuple[Array, Array] = inputs.query, inputs.key
     if attend is cudnn_attention:
       tokens, options["scale"] = _narrow(inputs), inputs.scale
     return attend(*tokens, value, self.dual, self.count, *inputs.masks, **options)
 
-  @functools.cached_property
-  def chosen(self) -> Implementation:
-    """The implementation that serves."""
-    inputs = self.inputs
-    arrays = *_narrow(inputs), inputs.value
-    return choose(self.implementation, *arrays, bias=inputs.bias, scale=inputs.scale)
+
+def choose_for(
+  inputs: Inputs, implementation: Implementation | None, count: int
+) -> Implementation:
+  """`choose` for one call of an attention, before anything is computed."""
+  options = {"bias": inputs.bias, "scale": inputs.scale, "count": count}
+  return choose(implementation, *_narrow(inputs), inputs.value, **options)
 
 
 def _narrow(inputs: Inputs) -> tuple[Array, Array]:
@@ -127,6 +140,7 @@ def choose(
   *,
   bias: Array | None = None,
   scale: Any = 1.0,
+  count: int = 1,
 ) -> Implementation:
   """The implementation that serves these arguments: the one named, or the best.
 
@@ -141,6 +155,7 @@ def choose(
     value: `[..., m, features]`.
     bias: added to the logits, or `None`.
     scale: of the logits.
+    count: closures.
 
   Raises:
     ValueError: if the name is unknown, or what it names cannot serve these arguments;
@@ -163,7 +178,8 @@ def choose(
       raise ValueError(f"implementation='cudnn' cannot serve: {reason}")
     return "cudnn"
   n, m = query.shape[-2], key.shape[-2]
-  if reason is None and min(n, m) >= _CUDNN_LENGTH:
+  least = _CUDNN_LENGTH if count <= _CUDNN_FEW else _CUDNN_LENGTH_OF_MANY
+  if reason is None and min(n, m) >= least:
     return "cudnn"
   # On a CPU heads come one after another, but not with a bias.
   if platform == "cpu" and bias is None:

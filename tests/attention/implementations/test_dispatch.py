@@ -12,9 +12,11 @@ from helpers.fused_stand_in import fused
 
 from asap_jax import AsapAttention, DualMap, asap_attention, sinkhorn_attention
 from asap_jax.attention.implementations import chunked, cudnn_sums, dispatch, xla_short
+from asap_jax.attention.implementations import iterated as iterated_module
 from asap_jax.attention.implementations.chunked import chunked_attention
 from asap_jax.attention.implementations.cudnn import cudnn_attention
 from asap_jax.attention.implementations.dispatch import choose
+from asap_jax.attention.implementations.iterated import iterated_attention
 from asap_jax.attention.implementations.xla import scaled_attention
 from asap_jax.c_transform import apply_plan, closures
 
@@ -57,11 +59,18 @@ CASES = {
     3, MASKS, {"side": "key"} | {k: x[:, 1:] for k, x in FACTORS.items()}
   ),
 }  # fmt: skip
+SIDES = list(CASES)[2:]
+CASES["iterations"] = 2, MASKS, {}
 
 
 def wide(query, key, *rest, scale, **options):
   query, key = (x.astype(jnp.float32) for x in (query, key))
   return scaled_attention(scale * query, key, *rest, **options)
+
+
+def iterated(query, key, *rest, scale, **options):
+  query, key = (x.astype(jnp.float32) for x in (query, key))
+  return iterated_attention(scale * query, key, *rest, **options)
 
 
 def narrow(query, *rest, scale, **options):
@@ -84,6 +93,9 @@ PROGRAMS = {
   "xla float32": (wide, jnp.float32, "plain"),
   "xla long": (wide, jnp.float32, "masked"),
   "xla bfloat16": (wide, jnp.bfloat16, "masked"),
+  "iterated float32": (iterated, jnp.float32, "plain"),
+  "iterated bfloat16": (iterated, jnp.bfloat16, "iterations"),
+  "iterated blocks": (iterated, jnp.float32, "iterations"),
   "chunked float32": (narrow, jnp.float32, "plain"),
   "chunked bfloat16": (narrow, jnp.bfloat16, "masked"),
   "chunked pairs": (narrow, jnp.float32, "masked"),
@@ -101,7 +113,7 @@ PROGRAMS = {
       # The gradients that several closures leave are as small as bfloat16's rounding.
       "cudnn": (on_cpu, jnp.float16),
     }.items()
-    for case in list(CASES)[2:]
+    for case in SIDES
   },
   "gpu plain": (cudnn_attention, jnp.bfloat16, "plain"),
   "gpu masked": (cudnn_attention, jnp.bfloat16, "masked"),
@@ -163,6 +175,8 @@ def program(name):
     patch.setattr(chunked, "_LEAST_CHUNK", 4)
     budgets = [BUDGETS[word] for word in name.split() if word in BUDGETS]
     patch.setattr(chunked, "_CPU_BUDGET", *budgets or [2**20])
+    if "blocks" in name:
+      patch.setattr(iterated_module, "_PAIRS", 2 * N * M)
     if "long" in name:
       patch.setattr(xla_short, "_SHORT", 0)
     return run.lower(*given(name)).compile()

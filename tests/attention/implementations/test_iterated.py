@@ -1,0 +1,180 @@
+"""Sinkhorn's iterations with their exact gradient, against OTT-JAX's and float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import asap_jax
+from asap_jax.attention.implementations.iterated import (
+  iterated_attention,
+  iterated_plan,
+)
+from asap_jax.c_transform import apply_plan, closures
+
+BATCH, N, M, HEADS, DIM = 2, 9, 7, 3, 4
+RANDOM = np.random.default_rng(0)
+QUERY, KEY, VALUE, COTANGENT = (
+  jnp.asarray(RANDOM.normal(size=(BATCH, size, HEADS, DIM)), jnp.float32)
+  for size in (N, M, M, N)
+)
+START = jnp.asarray(RANDOM.normal(size=(BATCH, HEADS, N)), jnp.float32)
+BIAS = jnp.asarray(RANDOM.normal(size=(HEADS, N, M)), jnp.float32)
+MASK = nnx.make_attention_mask(
+  jnp.arange(N) < jnp.asarray([[9], [5]]), jnp.arange(M) < jnp.asarray([[4], [7]])
+)
+TOKENS = tuple(jnp.swapaxes(x, 1, 2) for x in (QUERY, KEY, VALUE))
+
+
+def of_attention(**options):
+  """Output and gradients of one attention, by all it is a function of."""
+
+  @jax.jit
+  def run(query, key, value, bias):
+    def loss(*inputs):
+      *tokens, bias = inputs
+      out = asap_jax.sinkhorn_attention(*tokens, bias=bias, **options)
+      return jnp.vdot(COTANGENT, out), out
+
+    inputs = query, key, value, bias
+    gradients, out = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*inputs)
+    return out, *gradients
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ("iterations", "options"),
+  [
+    (20, {"mask": MASK}),
+    pytest.param(20, {}, marks=pytest.mark.slow),
+    pytest.param(1, {}, marks=pytest.mark.slow),
+    pytest.param(3, {"start": "gaussian"}, marks=pytest.mark.slow),
+    pytest.param(
+      5, {"mask": MASK, "start": "gaussian_diagonal"}, marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_values_and_gradients_are_those_of_ott(iterations, options):
+  inputs = QUERY, KEY, VALUE, BIAS
+  bound = options | {"iterations": iterations}
+  found, wanted = (
+    of_attention(**bound, implementation=name)(*inputs) for name in (None, "ott")
+  )
+  for ours, theirs in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def in_float64(query, key, value, start, count, scale):
+  """Gradients of the log domain, wide enough for any logits."""
+  with jax.enable_x64(True):
+    inputs = [jnp.asarray(np.float64(x)) for x in (query, key, value, start)]
+    cotangent = jnp.asarray(np.float64(jnp.swapaxes(COTANGENT, 1, 2)))
+
+    def loss(query, key, value, start):
+      logits = scale * jnp.einsum("...nd,...md->...nm", query, key)
+      out = apply_plan(logits, closures(logits, start, count), value)
+      return jnp.vdot(cotangent, out)
+
+    return [np.asarray(x) for x in jax.grad(loss, (0, 1, 2, 3))(*inputs)]
+
+
+# At 100 logits reach 600, far beyond the range of any one kernel.
+@pytest.mark.parametrize("scale", [1.0, pytest.param(100.0, marks=pytest.mark.slow)])
+def test_gradients_against_float64_also_of_sharp_logits(scale):
+  def loss(query, key, value, start):
+    out = iterated_attention(scale * query, key, value, start, 6)
+    return jnp.vdot(jnp.swapaxes(COTANGENT, 1, 2), out)
+
+  found = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*TOKENS, START)
+  for ours, exact in zip(found, in_float64(*TOKENS, START, 6, scale), strict=True):
+    assert np.isfinite(ours).all()
+    # Logits of 600 are rounded by 3e-5.
+    np.testing.assert_allclose(ours, exact, atol=2e-5 * scale * np.abs(exact).max())
+
+
+def test_near_and_far_in_one_batch_agree_with_each_alone():
+  """Blocks and branches change nothing: under vmap both are there."""
+  scales = jnp.asarray([1.0, 60.0])
+
+  def loss(query, scale, key, value, start):
+    return iterated_attention(scale * query, key, value, start, 4).sum()
+
+  slope = jax.jit(jax.grad(loss))
+  rest = [x[0] for x in (*TOKENS[1:], START)]
+  together = jax.vmap(slope, in_axes=(None, 0, None, None, None))(
+    TOKENS[0][0], scales, *rest
+  )
+  alone = jnp.stack([slope(TOKENS[0][0], scale, *rest) for scale in scales])
+  size = np.abs(alone).max((1, 2, 3), keepdims=True)
+  np.testing.assert_allclose(together / size, alone / size, atol=2e-5)
+
+
+def test_gradient_of_masses_against_finite_differences():
+  masses = [
+    jnp.asarray(RANDOM.uniform(0.5, 1.5, size=(BATCH, HEADS, size)), jnp.float32)
+    for size in (N, M)
+  ]
+  tangents = [RANDOM.normal(size=x.shape) for x in masses]
+
+  @jax.jit
+  def loss(*masses):
+    out = iterated_attention(*TOKENS, START, 3, *masses)
+    return jnp.vdot(jnp.swapaxes(COTANGENT, 1, 2), out)
+
+  slopes = jax.jit(jax.grad(loss, (0, 1)))(*masses)
+  for place, (slope, tangent) in enumerate(zip(slopes, tangents, strict=True)):
+    ends = []
+    for step in (1e-2, -1e-2):
+      moved = list(masses)
+      moved[place] = moved[place] + step * tangent
+      ends.append(float(loss(*moved)))
+    wanted = (ends[0] - ends[1]) / 2e-2
+    np.testing.assert_allclose(np.vdot(slope, tangent), wanted, rtol=2e-2, atol=1e-2)
+
+
+def test_weights_that_are_formed_have_the_same_gradient():
+  """As for dropout and where they are sown."""
+  masks = [MASK.any(-1), MASK.any(-2)]
+
+  def formed(query):
+    logits = jnp.einsum("...nd,...md->...nm", query, TOKENS[1])
+    return iterated_plan(logits, START, 4, *masks) @ TOKENS[2]
+
+  def unformed(query):
+    return iterated_attention(query, *TOKENS[1:], START, 4, *masks)
+
+  cotangent = jnp.swapaxes(COTANGENT, 1, 2)
+  found, wanted = (
+    jax.jit(jax.grad(lambda x, f=f: jnp.vdot(cotangent, f(x))))(TOKENS[0])
+    for f in (formed, unformed)
+  )
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", [jax.checkpoint, jax.vmap], ids=["remat", "vmap"])
+def test_under_transformations(transform):
+  def attend(*inputs):
+    return iterated_attention(*inputs, 4)
+
+  inputs = *TOKENS, START
+  plain, changed = (
+    jax.jit(jax.grad(lambda *x, f=f: jnp.square(f(*x)).sum(), (0, 1, 2, 3)))(*inputs)
+    for f in (attend, transform(attend))
+  )
+  for one, other in zip(plain, changed, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_no_matrix_of_pairs_is_kept_for_the_backward_pass():
+  length, iterations = 64, 5
+  tokens = jax.ShapeDtypeStruct((1, 2, length, 4), jnp.float32)
+  start = jax.ShapeDtypeStruct((1, 2, length), jnp.float32)
+
+  def backward(*inputs):
+    return jax.vjp(lambda *x: iterated_attention(*x, iterations), *inputs)[1]
+
+  kept = jax.tree.leaves(jax.eval_shape(backward, tokens, tokens, tokens, start))
+  sizes = sorted(np.prod(x.shape) for x in kept)
+  assert sizes[-1] <= 2 * length * max(4, iterations)
