@@ -15,6 +15,7 @@ from asap_jax.attention.implementations.dispatch import (
   ClosedPlan,
   Implementation,
   choose_for,
+  keeps_iterates,
 )
 from asap_jax.attention.implementations.softmax import SoftmaxPlan
 from asap_jax.attention.inputs import Inputs
@@ -127,9 +128,9 @@ def sinkhorn_attention(
   steps = Steps(
     relaxation=constant_relaxation(relaxation, iterations), momentum=None, side="query"
   )
-  plain = relaxation == 1.0
+  kept = relaxation == 1.0 and keeps_iterates(inputs, named, chosen)
   return inputs.attend(
-    ClosedPlan(inputs, f, iterations, steps, chosen, is_teacher=plain)
+    ClosedPlan(inputs, f, iterations, steps, chosen, by_iterates=kept)
   )
 
 

@@ -85,6 +85,11 @@ class Dropout(NamedTuple):
   broadcast: bool = True
   module: Any = None
 
+  @property
+  def needs_weights(self) -> bool:
+    """Whether the weights have to be formed."""
+    return self.module is not None or self.rate > 0.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs(Activation):
@@ -116,7 +121,7 @@ class Inputs(Activation):
     """
     rng, rate, broadcast, module = self.dropout
     if not isinstance(plan, jax.Array):
-      if module is None and rate == 0.0:
+      if not self.dropout.needs_weights:
         return self._finish(plan.apply(self.value, self.precision))
       plan = plan.dense()
     if self.is_product is not None:

@@ -32,8 +32,9 @@ def concluded(*chosen, milliseconds=5.0):
 @pytest.mark.parametrize("chosen", [("half", "half"), ("half", "sinkhorn@20")])
 def test_it_ends_with_what_was_gained(chosen):
   assert concluded(*chosen) == (
-    "With the best operators the model is 4.0 times as fast as trained and 1.60 times "
-    "as fast as in its fastest exact form, at TV 0.030 on test images."
+    "With the best operators the model is 4.0 times as fast as with OTT-JAX's "
+    "iterations and 1.60 times as fast as in its fastest exact form, at TV 0.030 on "
+    "test images."
   )
   # A loss would be told as one.
   assert "0.80 times as fast as in" in concluded(*chosen, milliseconds=10.0)
@@ -43,7 +44,7 @@ def test_it_ends_with_what_was_gained(chosen):
 def test_it_says_so_where_nothing_beats_the_exact_iterations(chosen):
   assert concluded(chosen, "sinkhorn@20", milliseconds=8.0) == (
     "The exact iterations stay, for nothing faster comes within TV 0.05 of them here: "
-    "the model is 2.5 times as fast as trained by their fastest form alone."
+    "the model is 2.5 times as fast as with OTT-JAX's by their fastest form alone."
   )
 
 

@@ -43,6 +43,7 @@ def iterated_attention(
   *,
   bias: Float[Array, "..."] | None = None,
   precision: jax.lax.PrecisionLike = None,
+  forward: Float[Array, "*batch n features"] | None = None,
 ) -> Float[Array, "*batch n features"]:
   """Values weighted by the plan of plain iterations from a query-side dual.
 
@@ -59,6 +60,7 @@ def iterated_attention(
     key_weights: likewise.
     bias: likewise.
     precision: likewise.
+    forward: the result, if it is computed elsewhere; it is not differentiated.
 
   Returns:
     As `scaled_attention`.
@@ -78,7 +80,8 @@ def iterated_attention(
     for tokens, own in ((query, weights[0]), (key, weights[1]), (value, weights[1]))
   )
   start = zero_invalid(start, weights[0])
-  return _attend(iterations, precision, query, key, value, start, *weights, bias)
+  inputs = query, key, value, start, *weights, bias
+  return _attend(iterations, precision, forward, *inputs)
 
 
 def iterated_plan(
@@ -108,14 +111,20 @@ def _float(weights: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(iterations, precision, query, key, value, start, rows, columns, bias):
+def _attend(
+  iterations, precision, forward, query, key, value, start, rows, columns, bias
+):
+  if forward is not None:
+    return forward
   options: dict[str, Any] = {"bias": bias, "precision": precision}
   return scaled_attention(
     query, key, value, start, iterations, rows, columns, **options
   )
 
 
-def _attend_forward(iterations, precision, query, key, value, *rest):
+def _attend_forward(iterations, precision, forward, query, key, value, *rest):
+  del forward
+
   def block(query, key, value, start, rows, columns, bias):
     logits = _logits(query, key, bias, precision)
     scaled, iterates = scaled_iterates(logits, start, iterations, rows, columns)
@@ -148,10 +157,11 @@ def _attend_backward(iterations, precision, residuals, out_bar):
   given = query, key, value, rows, columns, bias, out, *duals, *iterates, out_bar
   own = 2, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2, 2
   found = _in_blocks(block, given, own)
-  return tuple(
+  bars = [
     None if bar is None else bar.astype(argument.dtype)
     for bar, argument in zip(found, arguments, strict=True)
-  )
+  ]
+  return None, *bars
 
 
 def _block_cotangents(precision, domain, passed, given):

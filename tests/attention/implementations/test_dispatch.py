@@ -288,6 +288,9 @@ def test_choice_on_a_gpu():
   assert chosen(1024, 512, dtype=jnp.float32) == "xla"
   assert chosen(1024, 512, bias=jnp.zeros(())) == "xla"
   assert chosen(1024, 512, scale=0.0) == "xla"
+  # Many iterations of one kernel pay later.
+  assert chosen(1024, 512, count=20) == "xla"
+  assert chosen(1024, 1024, count=20) == "cudnn"
   assert chosen(2**14, 2**14, heads=1, dtype=jnp.float32) == "xla"
   assert chosen(2**14, 2**14, heads=2, dtype=jnp.float32) == "chunked"
 
@@ -387,6 +390,28 @@ def test_sinkhorn_attention_by_every_implementation(name):
   attend = functools.partial(sinkhorn_attention, iterations=4, implementation=name)
   out = jax.jit(lambda *inputs: attend(*inputs, mask=mask))(*inputs)
   np.testing.assert_allclose(np.float64(out), wanted, atol=2e-2)
+
+
+@pytest.mark.usefixtures("cudnn_stand_in")
+def test_whatever_runs_forward_the_iterations_have_one_gradient():
+  """By default cuDNN forward, but never its gradient."""
+  inputs, mask, _ = tokens()
+
+  def step(name):
+    attend = functools.partial(
+      sinkhorn_attention, iterations=3, implementation=name, mask=mask
+    )
+    loss = lambda *x: jnp.square(attend(*x).astype(jnp.float32)).sum()  # noqa: E731
+    return jax.jit(lambda *x: (attend(*x), jax.grad(loss, (0, 1, 2))(*x)))(*inputs)
+
+  (out, slopes), (own, wanted) = step(None), step("xla")
+  assert not np.array_equal(out, own)
+  np.testing.assert_allclose(np.float64(out), np.float64(own), atol=2e-2)
+  for slope, other in zip(slopes, wanted, strict=True):
+    largest = float(jnp.abs(other).max())
+    np.testing.assert_allclose(
+      np.float64(slope), np.float64(other), atol=2e-2 * largest
+    )
 
 
 class Called(Exception):
