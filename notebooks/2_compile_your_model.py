@@ -33,9 +33,7 @@ tokens = tokens.swapaxes(2, 3).reshape(-1, 16, 4)
 train, test = slice(0, 1408), slice(1408, None)
 
 # %%
-sinkhorn = functools.partial(
-  asap_jax.sinkhorn_attention, iterations=20, implementation="xla"
-)
+sinkhorn = functools.partial(asap_jax.sinkhorn_attention, iterations=20)
 
 
 class Block(nnx.Module):

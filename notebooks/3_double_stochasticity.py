@@ -96,9 +96,7 @@ def trained(attention_fn):
   return model
 
 
-sinkhorn = functools.partial(
-  asap_jax.sinkhorn_attention, iterations=20, implementation="xla"
-)
+sinkhorn = functools.partial(asap_jax.sinkhorn_attention, iterations=20)
 models = {
   "softmax": trained(asap_jax.softmax_attention),
   "Sinkhorn": trained(sinkhorn),

@@ -108,7 +108,14 @@ class ClosedPlan:
     options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
     tokens: tuple[Any, ...] = inputs.query, inputs.key, value, self.dual
     iterate: Callable[..., Array] = functools.partial(
-      iterated_attention, *tokens, self.count, *inputs.masks, **options
+      iterated_attention,
+      inputs.query,
+      inputs.key,
+      value,
+      self.dual,
+      self.count,
+      *inputs.masks,
+      **options,
     )
     if self.by_iterates and self.implementation == "xla":
       return iterate()
