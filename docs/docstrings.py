@@ -22,6 +22,7 @@ _BESIDE = ("peers", "peers.layers", "info", "metrics", "plotting")
 API = (PACKAGE, *(f"{PACKAGE}.{name}" for name in (*_ROOMS, *_BESIDE)))
 # Of modules that are otherwise no part of it.
 NAMES = (
+  "attention.implementations.iterated.iterated_attention",
   "attention.implementations.xla.scaled_attention",
   "attention.implementations.chunked.chunked_attention",
   "attention.implementations.cudnn.cudnn_attention",

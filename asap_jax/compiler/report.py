@@ -173,8 +173,12 @@ class Report:
         table.add_row(first[0], str(head), *figures, first[1], *first[2:][:mixed])
       table.add_section()
     stream = io.StringIO()
-    # In a notebook rich would display the table instead of writing it, or colour it.
-    console = Console(file=stream, width=100, force_jupyter=False, force_terminal=False)
+    # Wider where names of operators would leave too little for the figures. In a
+    # notebook rich would display the table instead of writing it, or colour it.
+    width = 120 if mixed else 100
+    console = Console(
+      file=stream, width=width, force_jupyter=False, force_terminal=False
+    )
     console.print(self.headline, markup=False, highlight=False)
     console.print(table)
     for layer in self.layers:

@@ -2,5 +2,6 @@
 
 `dispatch` chooses among `xla` (one n x m kernel; `xla_short` where sequences are
 short), `chunked` (O(n + m) memory) and `cudnn` (fused kernels; `cudnn_sums` has what
-one call of them computes). All are one function up to rounding.
+one call of them computes). All are one function up to rounding. `iterated` has the
+gradient of plain iterations, whichever of them runs forward.
 """
