@@ -17,7 +17,13 @@ from asap_jax.compiler.fidelity import (
   plan_of,
 )
 from asap_jax.compiler.operators import Operator, Sinkhorn, Softmax, operator_of
-from asap_jax.compiler.sites import find_sinkhorn, held_at, recorder, replace_sites
+from asap_jax.compiler.sites import (
+  Replacement,
+  find_sinkhorn,
+  held_at,
+  recorder,
+  replace_sites,
+)
 from experiments.common.timing import time_interleaved
 
 
@@ -100,7 +106,7 @@ def _swap(
 ) -> nnx.Module:
   sites = find_sinkhorn(teacher)
   functions = [
-    functools.partial(operator_for(site.teacher).attention_fn, **site.options)
+    Replacement(operator_for(site.teacher).attention_fn, **site.options)
     for site in sites
   ]
   return replace_sites(teacher, sites, functions)

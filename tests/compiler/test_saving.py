@@ -218,9 +218,10 @@ def test_a_model_saved_before_its_code_moved_loads():
   np.testing.assert_allclose(loaded(calls["inputs"]), calls["outputs"], atol=1e-5)
 
 
-def test_uncompiled_model_is_refused(tmp_path):
+@pytest.mark.parametrize("implementation", [None, "xla", "ott"])
+def test_uncompiled_model_is_refused(tmp_path, implementation):
   with pytest.raises(ValueError, match=r"holds no compiled attention"):
-    save(tmp_path / "model", models.toy())
+    save(tmp_path / "model", models.toy(implementation=implementation))
   assert list(tmp_path.iterdir()) == []
 
 

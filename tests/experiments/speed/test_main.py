@@ -83,7 +83,7 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
   skipped = results["config"]["skipped"]
   assert len(skipped) == 3
   assert all(reason in printed for reason in skipped)
-  assert "at 2 x 2 x 16: softmax cudnn: cuDNN needs a GPU" in skipped[0]
+  assert "16: softmax cudnn, sinkhorn_step cudnn: cuDNN needs a GPU" in skipped[0]
   assert "at 2 x 2 x 32: sinkhorn_step ott_unrolled: n x m matrices" in skipped[2]
   assert "exponent" in printed
   assert (out / "scaling.png").stat().st_size > 10_000
