@@ -216,7 +216,7 @@ def _advice(layer: LayerReport, cut: Alternative) -> str:
   count = "1 iteration" if cut.cut == 1 else f"{cut.cut} iterations"
   name = f"Sinkhorn cut to {count}"
   if cut.cut == layer.iterations:
-    name = f"the teacher's Sinkhorn itself, in the scaling domain ({count}),"
+    name = f"the teacher's Sinkhorn itself, in its fastest form ({count}),"
   return (
     f"{layer.name}: {name} is {faster} and {closer} here "
     f"(TV {cut.tv:.4f} in {cut.milliseconds:.2f} ms; {standing.label}: "
