@@ -176,7 +176,7 @@ def choose(
     if (site.path, site.attribute) in kept
   }
   made = standing.best_of(teacher, by_site, target)
-  return _compiled(trained, teacher, made, call, target, start)
+  return _compiled(trained, teacher, made, call, target_tv, start)
 
 
 def _compiled(
