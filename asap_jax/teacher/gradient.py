@@ -176,6 +176,7 @@ def in_range(a: Array, b: Array, duals: Duals, iterates: Iterates) -> Array:
   return jnp.maximum(*spread) <= _LOG_RANGE
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def by_domain(function: Callable[..., T], in_range: Array, *arguments: Any) -> T:
   """`function(in_range, *arguments)`, which is static there, as the array tells.
 
@@ -184,11 +185,6 @@ def by_domain(function: Callable[..., T], in_range: Array, *arguments: Any) -> T
     in_range: one boolean.
     *arguments: pytrees of arrays.
   """
-  return _by_domain(function, in_range, *arguments)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_domain(function, in_range, *arguments):
   # The log domain as a loop of no or one turn: XLA keeps the rest as it is, while a
   # branch would cost a tenth of it, and under vmap both would always be taken.
   found, _ = jax.lax.while_loop(
@@ -199,7 +195,7 @@ def _by_domain(function, in_range, *arguments):
   return found
 
 
-@_by_domain.defjvp
+@by_domain.defjvp
 def _by_domain_jvp(function, primals, tangents):
   (in_range, *arguments), (_, *moved) = primals, tangents
 

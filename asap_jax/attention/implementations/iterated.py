@@ -66,10 +66,7 @@ def iterated_attention(
     As `scaled_attention`.
   """
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
-  weights = [
-    None if given is None else jnp.broadcast_to(_float(given), (*batch, size))
-    for given, size in ((query_weights, n), (key_weights, m))
-  ]
+  weights = _masses(query_weights, batch, n), _masses(key_weights, batch, m)
   if bias is not None:
     bias = jnp.broadcast_to(bias, (*batch, n, m))
     pairs = valid_pairs(*weights)
@@ -96,18 +93,19 @@ def iterated_plan(
   Works under jit, vmap and grad, in reverse mode only.
   """
   batch, (n, m) = logits.shape[:-2], logits.shape[-2:]
-  weights = [
-    None if given is None else jnp.broadcast_to(_float(given), (*batch, size))
-    for given, size in ((query_weights, n), (key_weights, m))
-  ]
+  weights = _masses(query_weights, batch, n), _masses(key_weights, batch, m)
   pairs = valid_pairs(*weights)
   if pairs is not None:
     logits = jnp.where(pairs, logits, 0.0)
   return _plan(iterations, logits, zero_invalid(start, weights[0]), *weights)
 
 
-def _float(weights: Array) -> Array:
-  return weights.astype(jnp.float32) if weights.dtype == jnp.bool_ else weights
+def _masses(weights: Masses, batch: Sequence[int], size: int) -> Masses:
+  """Masks as masses, which have cotangents, of every element of the batch."""
+  if weights is None:
+    return None
+  floats = weights.astype(jnp.float32) if weights.dtype == jnp.bool_ else weights
+  return jnp.broadcast_to(floats, (*batch, size))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -192,12 +190,10 @@ def _plan(iterations, logits, start, rows, columns):
   return scaled_iterates(logits, start, iterations, rows, columns)[0].dense()
 
 
-def _plan_forward(iterations, *arguments):
-  scaled, iterates = scaled_iterates(
-    arguments[0], arguments[1], iterations, *arguments[2:]
-  )
-  kept = jax.lax.optimization_barrier((arguments, scaled.duals, iterates))
-  return scaled.dense(), kept
+def _plan_forward(iterations, logits, start, *weights):
+  scaled, iterates = scaled_iterates(logits, start, iterations, *weights)
+  kept = (logits, start, *weights), scaled.duals, iterates
+  return scaled.dense(), jax.lax.optimization_barrier(kept)
 
 
 def _plan_backward(iterations, residuals, plan_bar):
