@@ -393,9 +393,22 @@ def test_sinkhorn_attention_by_every_implementation(name):
 
 
 @pytest.mark.usefixtures("cudnn_stand_in")
-def test_whatever_runs_forward_the_iterations_have_one_gradient():
+def test_whatever_runs_forward_the_iterations_have_one_gradient(monkeypatch):
   """By default cuDNN forward, but never its gradient."""
   inputs, mask, _ = tokens()
+
+  def without_gradient(query, key, value, dual, count, *masks, **options):
+    @jax.custom_jvp
+    def run(*arrays):
+      return on_cpu(*arrays, count, *masks, **options)
+
+    @run.defjvp
+    def refuse(primals, tangents):
+      raise AssertionError("differentiated")
+
+    return run(query, key, value, dual)
+
+  monkeypatch.setattr(dispatch, "cudnn_attention", without_gradient)
 
   def step(name):
     attend = functools.partial(

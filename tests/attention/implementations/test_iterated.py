@@ -94,6 +94,21 @@ def test_gradients_against_float64_also_of_sharp_logits(scale):
     np.testing.assert_allclose(ours, exact, atol=2e-5 * scale * np.abs(exact).max())
 
 
+def test_gradients_from_a_start_far_from_the_last_dual():
+  start = 100.0 * START
+
+  def loss(query, key, value, start):
+    out = iterated_attention(query, key, value, start, 2)
+    return jnp.vdot(jnp.swapaxes(COTANGENT, 1, 2), out)
+
+  found = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*TOKENS, start)
+  wanted = in_float64(*TOKENS, start, 2, 1.0)
+  # Duals of 300 are rounded by 3e-5, and all cotangents pass through them.
+  largest = max(np.abs(exact).max() for exact in wanted)
+  for ours, exact in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(ours, exact, atol=1e-4 * largest)
+
+
 def test_near_and_far_in_one_batch_agree_with_each_alone():
   """Blocks and branches change nothing: under vmap both are there."""
   scales = jnp.asarray([1.0, 60.0])
