@@ -61,13 +61,14 @@ def sinkhorn_attention(
   implementation: Teacher | None = None,
   start: Start = "zero",
   relaxation: float = 1.0,
+  tolerance: float | None = None,
 ) -> Array:
   """Doubly stochastic attention by Sinkhorn's algorithm (Sander et al., 2022).
 
   Rows are exact after any number of iterations, columns sum to n_valid / m_valid at
   convergence. From the Gaussian start one to three iterations come as close to it as
   twenty from zero (docs/gaussian_start.md). Works under jit, vmap and grad (through the
-  iterations and the start), with `"ott"` and `"xla"` in reverse mode only.
+  iterations and the start), in reverse mode only.
 
   Args:
     inputs: all arguments of `asap_jax.attention.AttentionFn`; the mask is the outer
@@ -79,8 +80,9 @@ def sinkhorn_attention(
     implementation: `None` takes the fastest for device, dtype, shape and number of
       iterations. All are the same plan, with the exact gradient of what was run.
       `"xla"` forms n x m kernels, on a CPU in blocks that stay in its cache, and its
-      gradient keeps the duals of the iterations and no matrix; `"chunked"` and
-      `"cudnn"` take O(n + m) memory forward. `"ott"` is OTT-JAX's algorithm in the log
+      gradient keeps the duals of the iterations and no matrix; `"chunked"` takes
+      O(n + m) memory, with a gradient O(iterations (n + m)), and `"cudnn"` O(n + m)
+      forward. `"ott"` is OTT-JAX's algorithm in the log
       domain, several times slower: the reference. Where the weights are sown or dropped
       they are formed, whichever is named. Half an iteration is none of OTT-JAX's: there
       `"ott"` takes the best of the others.
@@ -90,14 +92,19 @@ def sinkhorn_attention(
     relaxation: omega of over-relaxation between iterations (`asap_jax.closures`), from
       1 to below 2; not with `"ott"`. About 1.5 gains from the third iteration on,
       more from zero than from a start that is near; with two it may lose.
+    tolerance: where to stop before all iterations are done, each sequence and head by
+      itself: at this error of the columns, the distance of their sums to what they are
+      to be, summed, relative to the sum of those (the mean of
+      `asap_jax.metrics.column_error`). An iteration more is begun to know it. `None`
+      runs all of them. Not with `"ott"`, `"cudnn"` or a relaxation.
 
   Returns:
     `[batch..., n, heads, features]`, zero at invalid queries.
 
   Raises:
     ValueError: as `asap_jax.attention.AttentionFn`, for too few `iterations`, an
-      unknown `start`, a `relaxation` out of range, or an `implementation` that is
-      unknown or cannot serve.
+      unknown `start`, a `relaxation` or a `tolerance` out of range, or an
+      `implementation` that is unknown or cannot serve.
 
   Example:
     >>> import functools, jax
@@ -114,11 +121,16 @@ def sinkhorn_attention(
     raise ValueError(
       f"implementation={implementation!r}: expected None or one of {names}"
     )
-  check_iterations(iterations, start, relaxation)
+  check_iterations(iterations, start, relaxation, tolerance)
+  if tolerance is not None and implementation in ("ott", "cudnn"):
+    raise ValueError(
+      f"implementation={implementation!r} with tolerance={tolerance}: expected None, "
+      "'xla' or 'chunked', which can stop early"
+    )
   if implementation == "ott" and iterations > 0:
     return inputs.attend(_by_ott(inputs, iterations, start, relaxation))
   named = None if implementation == "ott" else implementation
-  chosen = choose_for(inputs, named, iterations)
+  chosen = choose_for(inputs, named, iterations, stops=tolerance is not None)
   tokens = inputs.query, inputs.key, *inputs.masks
   if iterations == 0:
     g = starting_dual(start, *tokens, side="key")
@@ -130,7 +142,9 @@ def sinkhorn_attention(
   )
   kept = relaxation == 1.0 and keeps_iterates(inputs, named, chosen)
   return inputs.attend(
-    ClosedPlan(inputs, f, iterations, steps, chosen, by_iterates=kept)
+    ClosedPlan(
+      inputs, f, iterations, steps, chosen, by_iterates=kept, tolerance=tolerance
+    )
   )
 
 
@@ -151,7 +165,12 @@ def constant_relaxation(relaxation: float, iterations: int) -> Array | None:
   return None if relaxation == 1.0 else jnp.full((iterations - 1,), relaxation)
 
 
-def check_iterations(iterations: int, start: str, relaxation: float = 1.0) -> None:
+def check_iterations(
+  iterations: int,
+  start: str,
+  relaxation: float = 1.0,
+  tolerance: float | None = None,
+) -> None:
   """Raises ValueError unless `sinkhorn_attention` can do with these options."""
   check_start(start)
   if iterations == 0 and start == "zero":
@@ -165,6 +184,15 @@ def check_iterations(iterations: int, start: str, relaxation: float = 1.0) -> No
     raise ValueError(
       f"relaxation={relaxation}: expected a number from 1 to below 2, beyond which the "
       "iterations do not converge"
+    )
+  if tolerance is None:
+    return
+  if not isinstance(tolerance, float) or not tolerance > 0.0:
+    raise ValueError(f"tolerance={tolerance!r}: expected None or a float above zero")
+  if iterations == 0 or relaxation != 1.0:
+    raise ValueError(
+      f"tolerance={tolerance} with iterations={iterations}, relaxation={relaxation}: "
+      "expected at least one iteration, and no relaxation"
     )
 
 

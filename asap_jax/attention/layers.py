@@ -31,13 +31,14 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
       `asap_jax.sinkhorn_attention`.
     epsilon: entropic regularisation; logits are divided by it.
     start: of the iterations; see `asap_jax.sinkhorn_attention`.
+    tolerance: likewise.
     implementation: likewise.
     decode: autoregressive decoding; only `False` is possible here.
     **kwargs: likewise; `rngs` is needed.
 
   Raises:
-    ValueError: if `decode` is true, there are too few `iterations` or the `start` is
-      unknown.
+    ValueError: if `decode` is true, there are too few `iterations`, the `start` is
+      unknown or the `tolerance` out of range.
 
   Example:
     >>> layer = SinkhornMultiHeadAttention(
@@ -54,11 +55,12 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     iterations: int = 20,
     epsilon: float = 1.0,
     start: Start = "zero",
+    tolerance: float | None = None,
     implementation: Teacher | None = None,
     decode: bool = False,
     **kwargs: Any,
   ):
-    check_iterations(iterations, start)
+    check_iterations(iterations, start, tolerance=tolerance)
     if decode:
       raise ValueError(
         "decode=True: one-token decoding has no doubly stochastic form; expected False"
@@ -68,6 +70,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
       iterations=iterations,
       epsilon=epsilon,
       start=start,
+      tolerance=tolerance,
       implementation=implementation,
     )
     super().__init__(

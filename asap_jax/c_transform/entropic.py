@@ -7,6 +7,7 @@ A = n_valid P. With float weights a and b, rows sum to n_valid a_i and columns t
 n_valid b_j.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import jax
@@ -332,3 +333,18 @@ def column_sums(
   if mask is None:
     return normalised(key_weights, m) * float(n)
   return normalised(key_weights, m) * mask.sum(-1, keepdims=True).astype(jnp.float32)
+
+
+def marginals(
+  query_weights: Masses, key_weights: Masses, shape: Sequence[int], dtype: jnp.dtype
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch m"]]:
+  """Row and column sums of plans of a shape `[batch..., n, m]`, of every element."""
+  *batch, n, m = shape
+  rows, columns = (
+    row_sums(query_weights, n),
+    column_sums(query_weights, key_weights, n, m),
+  )
+  return (
+    jnp.broadcast_to(rows, (*batch, n)).astype(dtype),
+    jnp.broadcast_to(columns, (*batch, m)).astype(dtype),
+  )

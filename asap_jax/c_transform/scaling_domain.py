@@ -21,41 +21,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.c_transform.entropic import (
-  LOG_ZERO,
   Duals,
   advance,
   by_closure,
   check_closures,
   check_logits,
-  closure,
   closures,
-  column_sums,
   plan,
-  row_sums,
 )
+from asap_jax.c_transform.half_closure import begin
 from asap_jax.masses import Masses, Side, valid_pairs, zero_invalid
-from asap_jax.numerics import exact_einsum, float_dtype
-
-# Entries of the kernel below the smallest normal number are lost; together they may be
-# this share of a sum.
-_LOST = 1e-7
-# Of rows and of columns, broadcast to pairs.
-_AXES = (..., slice(None), None), (..., None, slice(None))
-# Bounds scalings from above; their products with sums stay below the largest float32.
-_LARGEST = 1e30
-_LOG_LARGEST = 69.08
-
-
-class Iterates(NamedTuple):
-  """Duals on the way to those of a plan, one of each for every closure.
-
-  Attributes:
-    f: that a closure started at, `[count, ..., n]`.
-    g: that it computed, `[count, ..., m]`.
-  """
-
-  f: Float[Array, "count *batch n"]
-  g: Float[Array, "count *batch m"]
+from asap_jax.numerics import float_dtype
 
 
 class ScaledPlan(NamedTuple):
@@ -152,70 +128,23 @@ def scaled_plan(
   if pairs is not None and not finite:
     logits = jnp.where(pairs, logits, 0.0)
   steps = relaxation, momentum
-  return _scaled_plan(count, side, False, logits, dual, *weights, *steps)[0]
+  return _scaled_plan(count, side, logits, dual, *weights, *steps)
 
 
-def scaled_iterates(
-  logits: Float[Array, "*batch n m"],
-  f: Float[Array, "..."],
-  count: int,
-  query_weights: Masses = None,
-  key_weights: Masses = None,
-) -> tuple[ScaledPlan, Iterates]:
-  """The plan of plain closures from f, and the duals that they went through.
-
-  Works under jit, vmap and grad, in reverse mode only; logits at absent points are
-  finite.
-  """
-  check_closures(count, None, None, "query")
-  return _scaled_iterates(count, logits, f, query_weights, key_weights)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _scaled_plan(
   count: int,
   side: Side,
-  keep: bool,
   logits: Array,
   dual: Array,
   query_weights: Masses,
   key_weights: Masses,
   relaxation: Array | None,
   momentum: Array | None,
-) -> tuple[ScaledPlan, Iterates | None]:
-  n, m = logits.shape[-2:]
-  dtype = float_dtype(logits, dual)
-  logits = logits.astype(dtype)
-  sums = (
-    row_sums(query_weights, n).astype(dtype),
-    column_sums(query_weights, key_weights, n, m).astype(dtype),
-  )
-  # Sums instead of selects, with which XLA would make slower loops.
-  absent = [
-    LOG_ZERO * (own <= 0)[at]
-    for own, given, at in zip(sums, (query_weights, key_weights), _AXES, strict=True)
-    if given is not None
-  ]
-  half = functools.partial(_half, logits, absent)
-
-  # The first half-iteration needs no product: all of the dual is in the kernel.
-  own, other, axis = (0, 1, -2) if side == "query" else (1, 0, -1)
-  own_weights = (query_weights, key_weights)[own]
-  dual = jnp.broadcast_to(
-    zero_invalid(dual.astype(dtype), own_weights),
-    (*logits.shape[:-2], logits.shape[axis]),
-  )
-  kernel, totals, absorbed = _absorb(logits, dual, absent, axis)
-  one = jnp.broadcast_to((sums[own] > 0).astype(dtype), dual.shape)
-  given = _Side(one, dual, dual, sums[own])
-  fitted = _fitted(totals, absorbed, sums[other])
-  queries, keys = (given, fitted) if side == "query" else (fitted, given)
-
-  iterates = None
+) -> ScaledPlan:
+  (kernel, queries, keys), half = begin(logits, dual, query_weights, key_weights, side)
   if side == "query":
-    f = dual
-    if keep:
-      iterates = Iterates(f[None], keys.dual[None])
+    f = queries.dual
     kernel, keys, queries = half(kernel, keys, queries, axis=-1)
   elif count > 0:
     f = queries.dual
@@ -227,142 +156,37 @@ def _scaled_plan(
     dual = queries.dual
     if factors != (None, None):
       dual = advance(before, start, dual, *factors)
-      # Too large a scaling is absorbed, and must only not overflow before.
-      exponent = jnp.minimum(dual - queries.absorbed, _LOG_LARGEST + 1.0)
-      queries = queries._replace(
-        scaling=jnp.where(queries.marginal > 0, jnp.exp(exponent), 0.0), dual=dual
-      )
+      queries = queries.moved_to(dual)
     kernel, queries, keys = half(kernel, queries, keys, axis=-2)
-    passed = Iterates(dual, keys.dual) if keep else None
     kernel, keys, queries = half(kernel, keys, queries, axis=-1)
-    return (kernel, queries, keys, dual, start), passed
+    return (kernel, queries, keys, dual, start), None
 
   if count > 1:
     carry = kernel, queries, keys, f, f
-    factors = by_closure(relaxation, momentum, dtype)
-    carry, later = jax.lax.scan(step, carry, factors, length=count - 1)
-    kernel, queries, keys, *_ = carry
-    if keep:
-      iterates = jax.tree.map(lambda *x: jnp.concatenate(x), iterates, later)
+    factors = by_closure(relaxation, momentum, kernel.dtype)
+    (kernel, queries, keys, *_), _ = jax.lax.scan(
+      step, carry, factors, length=count - 1
+    )
   duals = Duals(queries.dual, keys.dual)
-  return ScaledPlan(kernel, queries.scaling, keys.scaling, duals), iterates
+  return ScaledPlan(kernel, queries.scaling, keys.scaling, duals)
 
 
 @_scaled_plan.defjvp
-def _scaled_plan_jvp(count, side, keep, primals, tangents):
+def _scaled_plan_jvp(count, side, primals, tangents):
   # JAX drops custom rules where it differentiates a loop twice; in plain operations of
   # the log domain derivatives of every order are right there too.
-  def in_log_domain(logits, dual, query_weights, key_weights, relaxation, momentum):
+  def closed(logits, dual, query_weights, key_weights, relaxation, momentum):
     weights = query_weights, key_weights
     options = {"relaxation": relaxation, "momentum": momentum, "side": side}
     duals = closures(logits, dual, count, *weights, **options)
-    return _in_log_domain(logits, duals, *weights), None
+    return in_log_domain(logits, duals, *weights)
 
-  return jax.jvp(in_log_domain, primals, tangents)
+  return jax.jvp(closed, primals, tangents)
 
 
-def _in_log_domain(
+def in_log_domain(
   logits: Array, duals: Duals, query_weights: Masses, key_weights: Masses
 ) -> ScaledPlan:
+  """The plan of these duals, formed, for the sake of its derivatives."""
   dense = plan(logits, duals, query_weights, key_weights)
   return ScaledPlan(dense, jnp.ones_like(duals.f), jnp.ones_like(duals.g), duals)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled_iterates(count, logits, f, query_weights, key_weights):
-  weights = query_weights, key_weights
-  return _scaled_plan(count, "query", True, logits, f, *weights, None, None)
-
-
-def _iterates_in_log_domain(count, logits, f, *weights):
-  def step(f, _):
-    closed = closure(logits, f, *weights)
-    return closed.f, Iterates(f, closed.g)
-
-  f, iterates = jax.lax.scan(step, zero_invalid(f, weights[0]), length=count)
-  return _in_log_domain(logits, Duals(f, iterates.g[-1]), *weights), iterates
-
-
-def _scaled_iterates_forward(count, *arguments):
-  # Where the forward pass of a gradient is differentiated once more. JAX (0.10) mixes
-  # up residuals that are inputs where it differentiates a loop twice.
-  kept = jax.lax.optimization_barrier(arguments)
-  return _iterates_in_log_domain(count, *arguments), kept
-
-
-def _scaled_iterates_backward(count, arguments, cotangents):
-  iterate = functools.partial(_iterates_in_log_domain, count)
-  return jax.vjp(iterate, *arguments)[1](cotangents)
-
-
-_scaled_iterates.defvjp(_scaled_iterates_forward, _scaled_iterates_backward)
-
-
-class _Side(NamedTuple):
-  """Of one side: scaling, dual, the part of the dual in the kernel, and marginal."""
-
-  scaling: Array
-  dual: Array
-  absorbed: Array
-  marginal: Array
-
-
-def _half(logits, absent, kernel, here, there, *, axis):
-  """Half a closure: fits the scaling of `there` to sums over `axis`, those of `here`.
-
-  Returns the kernel and both sides; the kernel and `here` change where the sums leave
-  their range.
-  """
-  sums = _contract(kernel, here.scaling, axis)
-
-  def absorb(_):
-    # All of the dual goes into the kernel, so that the scaling is one.
-    kernel, sums, absorbed = _absorb(logits, here.dual, absent, axis)
-    one = jnp.where(here.marginal > 0, jnp.ones_like(here.dual), 0.0)
-    return kernel, sums, one, here.dual, absorbed, jnp.ones((), bool)
-
-  # A loop of no or one turn copies no kernel, as a branch would; and under vmap a
-  # branch would always be taken.
-  kept = _in_range(sums, here.scaling, there.marginal, kernel.shape[axis])
-  kernel, sums, scaling, own, opposite, _ = jax.lax.while_loop(
-    lambda carry: ~carry[-1],
-    absorb,
-    (kernel, sums, here.scaling, here.absorbed, there.absorbed, kept),
-  )
-  here = here._replace(scaling=scaling, absorbed=own)
-  return kernel, here, _fitted(sums, opposite, there.marginal)
-
-
-def _fitted(sums: Array, absorbed: Array, marginal: Array) -> _Side:
-  """A side whose scaling gives the plan its marginal there."""
-  scaling = marginal / jnp.where(sums == 0, 1.0, sums)
-  dual = absorbed + jnp.log(jnp.where(scaling == 0, 1.0, scaling))
-  return _Side(scaling, jnp.where(marginal > 0, dual, 0.0), absorbed, marginal)
-
-
-def _absorb(logits, dual, absent, axis):
-  """Kernel, its sums and what the other side absorbs: minus the largest scores."""
-  scores = logits + jnp.expand_dims(dual, -3 - axis)
-  for each in absent:
-    scores = scores + each
-  largest = scores.max(axis, keepdims=True)
-  if absent:
-    largest = jnp.where(largest > LOG_ZERO / 2, largest, 0.0)
-  kernel = jnp.exp(scores - largest)
-  return kernel, kernel.sum(axis), -largest.squeeze(axis)
-
-
-def _in_range(sums: Array, scaling: Array, marginal: Array, size: int) -> Array:
-  """Whether no sum over `size` points has lost anything that counts."""
-  # What is lost is below the smallest number, or below its product with a scaling.
-  lost = jnp.finfo(sums.dtype).tiny * size
-  largest = scaling.max(-1, keepdims=True)
-  least = lost / _LOST * jnp.maximum(largest, 1.0)
-  inside = (sums >= least) & (largest <= _LARGEST)
-  return (inside | (marginal == 0)).all()
-
-
-def _contract(kernel: Array, scaling: Array, axis: int) -> Array:
-  """Sums of the kernel times `scaling` along `axis`."""
-  spec = "...nm,...n->...m" if axis == -2 else "...nm,...m->...n"
-  return exact_einsum(spec, kernel, scaling)

@@ -68,6 +68,7 @@ class Sinkhorn:
       in the time they take.
     start: of the iterations; see `asap_jax.sinkhorn_attention`.
     relaxation: likewise.
+    tolerance: likewise.
   """
 
   iterations: int = dataclasses.field(metadata={"static": True})
@@ -76,6 +77,7 @@ class Sinkhorn:
   )
   start: Start = dataclasses.field(default="zero", metadata={"static": True})
   relaxation: float = dataclasses.field(default=1.0, metadata={"static": True})
+  tolerance: float | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def label(self) -> str:
@@ -103,7 +105,8 @@ class Sinkhorn:
     """
     start = starting_dual(self.start, seen.query, seen.key, *seen.masks)
     arguments = seen.logits, self.iterations, *seen.masks, start
-    return sinkhorn_source_dual(*arguments, relaxation=self.relaxation)
+    options = {"relaxation": self.relaxation, "tolerance": self.tolerance}
+    return sinkhorn_source_dual(*arguments, **options)
 
 
 @jax.tree_util.register_dataclass

@@ -25,14 +25,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.c_transform.entropic import LOG_ZERO, Duals
-from asap_jax.c_transform.scaling_domain import Iterates
+from asap_jax.c_transform.iterates import Iterates
 from asap_jax.numerics import exact_einsum
 
 T = TypeVar("T")
 
 # |log u|, |log v| up to which the scaling domain is used. Entries of P that underflow
 # (below e^-87) could then have had a weight of e^(60 - 87) at most in any iterate.
-_LOG_RANGE = 30.0
+LOG_RANGE = 30.0
 
 
 class Cotangents(NamedTuple):
@@ -94,30 +94,31 @@ class Iterations(NamedTuple):
     rows, columns = self.a > 0, self.b > 0
     bars = Duals(jnp.where(rows, bars.f, 0.0), jnp.where(columns, bars.g, 0.0))
     backward = self._by_scaling if in_range else self._by_logarithm
-    logits_bar, f_bars, g_bars, start_bar = backward(bars, factors, rows, columns)
+    logits_bar, f_bars, g_bars, start_bar = backward(bars, factors)
     return Cotangents(
       logits_bar,
-      _divide(f_bars.sum(0), self.a, rows),
-      _divide(g_bars.sum(0), self.b, columns),
+      divide(f_bars.sum(0), self.a),
+      divide(g_bars.sum(0), self.b),
       jnp.where(rows, start_bar, 0.0),
     )
 
-  def _by_scaling(self, bars, factors, rows, columns):
+  def _by_scaling(self, bars, factors):
     before, f, after, gs, g = self._sides()
     plan = self._plan_of(f, g)
     scalings = jnp.exp(before - f), jnp.exp(gs - g), jnp.exp(after - f)
 
+    @_where_active
     def step(carry, scalings):
       f_bar, g_bar = carry
       before, v, after = scalings
-      row_part = _divide(f_bar * after, self.a, rows)
+      row_part = divide(f_bar * after, self.a)
       g_bar = g_bar - v * _to_columns(plan, row_part)
-      column_part = _divide(g_bar * v, self.b, columns)
+      column_part = divide(g_bar * v, self.b)
       start_bar = -before * _to_rows(plan, column_part)
       return (start_bar, jnp.zeros_like(g_bar)), (row_part, column_part, f_bar, g_bar)
 
     (start_bar, _), (row_parts, column_parts, f_bars, g_bars) = jax.lax.scan(
-      step, tuple(bars), scalings, reverse=True
+      step, tuple(bars), (scalings, self.iterates.active), reverse=True
     )
     # One product of rank 2T, and of the plan's own cotangent with it.
     u, v, _ = scalings
@@ -131,17 +132,18 @@ class Iterations(NamedTuple):
     logits_bar = plan * exact_einsum("...nt,...mt->...nm", by_row, by_column)
     return logits_bar, f_bars, g_bars, start_bar
 
-  def _by_logarithm(self, bars, factors, rows, columns):
+  def _by_logarithm(self, bars, factors):
     before, f, after, gs, g = self._sides()
 
+    @_where_active
     def step(carry, duals):
       f_bar, g_bar, logits_bar = carry
       before, g, after = duals
-      row_plan, row_part = self._plan_of(after, g), _divide(f_bar, self.a, rows)
+      row_plan, row_part = self._plan_of(after, g), divide(f_bar, self.a)
       g_bar = g_bar - _to_columns(row_plan, row_part)
       column_plan, column_part = (
         self._plan_of(before, g),
-        _divide(g_bar, self.b, columns),
+        divide(g_bar, self.b),
       )
       logits_bar = logits_bar - row_plan * row_part[..., :, None]
       logits_bar = logits_bar - column_plan * column_part[..., None, :]
@@ -152,9 +154,37 @@ class Iterations(NamedTuple):
     if factors:
       direct = self._plan_of(f, g) * exact_einsum("...nt,...mt->...nm", *factors)
     (start_bar, _, logits_bar), (f_bars, g_bars) = jax.lax.scan(
-      step, (*bars, direct), (before, gs, after), reverse=True
+      step, (*bars, direct), ((before, gs, after), self.iterates.active), reverse=True
     )
     return logits_bar, f_bars, g_bars, start_bar
+
+
+def _where_active(step: Callable[..., Any]) -> Callable[..., Any]:
+  """A step of a scan that leaves cotangents as they are where it was not run forward.
+
+  A step is linear in its carry, whose first two are cotangents of f and g.
+  """
+
+  def taken(carry, passed, active):
+    f_bar, g_bar, *sums = carry
+    held = [jnp.where(active, 0.0, bar) for bar in (f_bar, g_bar)]
+    (f_bar, g_bar, *sums), parts = step(
+      (f_bar - held[0], g_bar - held[1], *sums), passed
+    )
+    return (f_bar + held[0], g_bar + held[1], *sums), parts
+
+  def in_scan(carry, passed):
+    passed, active = passed
+    if active is None:
+      return step(carry, passed)
+
+    def skipped(*_):
+      parts = jax.eval_shape(taken, carry, passed, active)[1]
+      return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts)
+
+    return jax.lax.cond(active.any(), taken, skipped, carry, passed, active)
+
+  return in_scan
 
 
 def _sides(
@@ -173,7 +203,7 @@ def in_range(a: Array, b: Array, duals: Duals, iterates: Iterates) -> Array:
   """Whether the scaling domain serves: one decision for all of the batch."""
   before, f, _, gs, g = _sides(a, b, duals, iterates)
   spread = [jnp.max(jnp.abs(x), initial=0.0) for x in (before - f, gs - g)]
-  return jnp.maximum(*spread) <= _LOG_RANGE
+  return jnp.maximum(*spread) <= LOG_RANGE
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -206,8 +236,9 @@ def _by_domain_jvp(function, primals, tangents):
   return jax.jvp(branch, arguments, moved)
 
 
-def _divide(numerator: Array, denominator: Array, there: Array) -> Array:
+def divide(numerator: Array, denominator: Array) -> Array:
   """Quotient, zero where there is no mass."""
+  there = denominator > 0
   return jnp.where(there, numerator / jnp.where(there, denominator, 1.0), 0.0)
 
 

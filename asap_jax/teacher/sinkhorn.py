@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.c_transform.entropic import Duals, closure
-from asap_jax.c_transform.scaling_domain import scaled_iterates, scaled_plan
+from asap_jax.c_transform.iterates import scaled_iterates
+from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.masses import (
   Masses,
   check_weights,
@@ -147,6 +148,7 @@ def sinkhorn_source_dual(
   init: Float[Array, "..."] | None = None,
   *,
   relaxation: float = 1.0,
+  tolerance: float | None = None,
 ) -> Float[Array, "*batch n"]:
   """The query-side dual that the last of `iterations` full iterations consumed.
 
@@ -162,6 +164,8 @@ def sinkhorn_source_dual(
     init: query-side dual to start at, `[..., n]`; zero by default.
     relaxation: omega between iterations, as in `asap_jax.closures`; with another than
       one they run in the log domain.
+    tolerance: see `asap_jax.sinkhorn_attention`; the last iteration is that of each
+      element of the batch.
 
   Returns:
     f, `[..., n]`, zero on absent queries; the start for a single iteration.
@@ -186,5 +190,13 @@ def sinkhorn_source_dual(
 
     start = zero_invalid(start, query_weights)
     return jax.lax.scan(step, start, length=iterations - 1)[0]
-  before = scaled_plan(logits, start, iterations - 1, query_weights, key_weights)
-  return before.duals.f
+  weights = query_weights, key_weights
+  if tolerance is not None:
+    pairs = valid_pairs(*weights)
+    if pairs is not None:
+      logits = jnp.where(pairs, logits, 0.0)
+    options = {"tolerance": tolerance}
+    _, iterates = scaled_iterates(logits, start, iterations, *weights, **options)
+    later = jnp.concatenate([iterates.active[1:], jnp.zeros_like(iterates.active[:1])])
+    return jnp.where(iterates.active & ~later, iterates.f, 0.0).sum(0)
+  return scaled_plan(logits, start, iterations - 1, *weights).duals.f

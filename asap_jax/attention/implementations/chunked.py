@@ -23,8 +23,7 @@ from asap_jax.c_transform.entropic import (
   advance,
   by_closure,
   check_closures,
-  column_sums,
-  row_sums,
+  marginals,
 )
 from asap_jax.masses import Masses, Side, check_weights, zero_invalid
 from asap_jax.numerics import float_dtype
@@ -100,13 +99,7 @@ def chunked_attention(
   check_weights("key_weights", key_weights, m)
   batch = query.shape[:-2]
   dtype = float_dtype(query, key, dual)
-  rows, columns = (
-    jnp.broadcast_to(sums.astype(dtype), (*batch, size))
-    for sums, size in (
-      (row_sums(query_weights, n), n),
-      (column_sums(query_weights, key_weights, n, m), m),
-    )
-  )
+  rows, columns = marginals(query_weights, key_weights, (*batch, n, m), dtype)
   relaxation, momentum = jax.tree.map(
     lambda x: jnp.broadcast_to(x.astype(dtype), (*batch, max(count - 1, 0))),
     (relaxation, momentum),

@@ -30,6 +30,7 @@ from asap_jax.attention.implementations.iterated import (
   iterated_attention,
   iterated_plan,
 )
+from asap_jax.attention.implementations.streamed import streamed_attention
 from asap_jax.attention.implementations.xla import (
   predicted_attention,
   scaled_attention,
@@ -66,7 +67,9 @@ class ClosedPlan:
       faster; or `None`.
     by_iterates: whether the closures are plain iterations, as many as one likes, whose
       gradient has to be cheap whatever runs forward: it is that of
-      `asap_jax.attention.implementations.iterated`, in reverse mode only.
+      `asap_jax.attention.implementations.iterated`, or of `streamed` beside it, in
+      reverse mode only.
+    tolerance: of iterations that stop early, or `None`.
   """
 
   inputs: Inputs
@@ -76,12 +79,14 @@ class ClosedPlan:
   implementation: Implementation
   dual_map: DualMap | None = None
   by_iterates: bool = False
+  tolerance: float | None = None
 
   def dense(self) -> Array:
     """Weights, `[batch..., heads, n, m]`."""
     logits, masks = self.inputs.logits, self.inputs.masks
     if self.by_iterates:
-      return iterated_plan(logits, self.dual, self.count, *masks)
+      options = {"tolerance": self.tolerance}
+      return iterated_plan(logits, self.dual, self.count, *masks, **options)
     return scaled_plan(logits, self.dual, self.count, *masks, **self.steps).dense()
 
   def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
@@ -93,7 +98,7 @@ class ClosedPlan:
     n, m = inputs.query.shape[-2], inputs.key.shape[-2]
     # With masks, or from the key side, XLA does not fuse prediction and closures.
     fuses = all(mask is None for mask in inputs.masks) and dual_map.side == "query"
-    short = xla_short.is_short(self.count, n, m)
+    short = xla_short.is_short(self.count, n, m, *inputs.masks)
     if short and (fuses or dual_map.is_sliced):
       fused = xla_short.predicted_values
     elif dual_map.is_sliced or inputs.bias is not None:
@@ -107,15 +112,12 @@ class ClosedPlan:
     inputs = self.inputs
     options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
     tokens: tuple[Any, ...] = inputs.query, inputs.key, value, self.dual
+    exact = *tokens, self.count, *inputs.masks
+    if self.by_iterates and self.implementation == "chunked":
+      stops = {"tolerance": self.tolerance, "precision": precision}
+      return streamed_attention(*exact, **stops)
     iterate: Callable[..., Array] = functools.partial(
-      iterated_attention,
-      inputs.query,
-      inputs.key,
-      value,
-      self.dual,
-      self.count,
-      *inputs.masks,
-      **options,
+      iterated_attention, *exact, **options, tolerance=self.tolerance
     )
     if self.by_iterates and self.implementation == "xla":
       return iterate()
@@ -137,28 +139,52 @@ class ClosedPlan:
 def keeps_iterates(
   inputs: Inputs, named: Implementation | None, chosen: Implementation
 ) -> bool:
-  """Whether the gradient of plain iterations is that of `iterated`.
+  """Whether the gradient of plain iterations is that of `iterated`, or of `streamed`.
 
-  It is where kernels of all heads fit, and no other was named: cuDNN's own takes five
-  times as long (H100, JAX 0.11.2, bfloat16, 20 iterations of 64 heads of 1,024 tokens:
-  a training step of 61 ms, and of 12).
+  The former's is where kernels of all heads fit, and no other was named: cuDNN's own
+  takes five times as long (H100, JAX 0.11.2, bfloat16, 20 iterations of 64 heads of
+  1,024 tokens: a training step of 61 ms, and of 12). The latter knows no bias.
   """
-  fits = math.prod(inputs.query.shape[:-1]) * inputs.key.shape[-2] <= _DENSE
-  return chosen == "xla" or (named is None and chosen == "cudnn" and fits)
+  if chosen == "cudnn":
+    return named is None and _fits(inputs)
+  return chosen == "xla" or inputs.bias is None or inputs.dropout.needs_weights
+
+
+def _fits(inputs: Inputs) -> bool:
+  return math.prod(inputs.query.shape[:-1]) * inputs.key.shape[-2] <= _DENSE
 
 
 def choose_for(
-  inputs: Inputs, implementation: Implementation | None, count: int
+  inputs: Inputs,
+  implementation: Implementation | None,
+  count: int,
+  *,
+  stops: bool = False,
 ) -> Implementation:
   """`choose` for one call of an attention, before anything is computed.
 
   Where the weights are formed, any implementation will do.
+
+  Args:
+    inputs: of the call.
+    implementation: named, or `None`.
+    count: closures.
+    stops: whether they may stop early, which cuDNN's form does not, nor the chunked
+      one with a bias.
   """
   if implementation is not None and inputs.dropout.needs_weights:
     _check_name(implementation)
     return implementation
   options = {"bias": inputs.bias, "scale": inputs.scale, "count": count}
-  return choose(implementation, *_narrow(inputs), inputs.value, **options)
+  chosen = choose(implementation, *_narrow(inputs), inputs.value, **options)
+  if stops and chosen == "cudnn":
+    chosen = "xla" if _fits(inputs) else "chunked"
+  if stops and chosen == "chunked" and inputs.bias is not None:
+    raise ValueError(
+      "tolerance with a bias and implementation='chunked', or inputs that need it: "
+      "expected tolerance=None, no bias, or implementation='xla'"
+    )
+  return chosen
 
 
 def _narrow(inputs: Inputs) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ forward takes 2.8 to 5.6 times.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from asap_jax.attention.implementations.blocks import in_cache
 from asap_jax.attention.implementations.xla import scaled_attention
-from asap_jax.c_transform.entropic import Duals, column_sums, plan, row_sums
-from asap_jax.c_transform.scaling_domain import Iterates, scaled_iterates
+from asap_jax.c_transform.entropic import Duals, marginals, plan
+from asap_jax.c_transform.iterates import Iterates, scaled_iterates
 from asap_jax.masses import Masses, valid_pairs, zero_invalid
 from asap_jax.teacher.gradient import (
   Iterations,
@@ -43,6 +43,7 @@ def iterated_attention(
   *,
   bias: Float[Array, "..."] | None = None,
   precision: jax.lax.PrecisionLike = None,
+  tolerance: float | None = None,
   forward: Float[Array, "*batch n features"] | None = None,
 ) -> Float[Array, "*batch n features"]:
   """Values weighted by the plan of plain iterations from a query-side dual.
@@ -55,11 +56,12 @@ def iterated_attention(
     key: likewise.
     value: likewise.
     start: query-side dual, anything at absent queries.
-    iterations: at least one.
+    iterations: at least one; with a tolerance at most so many.
     query_weights: likewise.
     key_weights: likewise.
     bias: likewise.
     precision: likewise.
+    tolerance: see `asap_jax.c_transform.iterates.scaled_iterates`.
     forward: the result, if it is computed elsewhere; it is not differentiated.
 
   Returns:
@@ -78,7 +80,7 @@ def iterated_attention(
   )
   start = zero_invalid(start, weights[0])
   inputs = query, key, value, start, *weights, bias
-  return _attend(iterations, precision, forward, *inputs)
+  return _attend(iterations, tolerance, precision, forward, *inputs)
 
 
 def iterated_plan(
@@ -87,6 +89,8 @@ def iterated_plan(
   iterations: int,
   query_weights: Masses = None,
   key_weights: Masses = None,
+  *,
+  tolerance: float | None = None,
 ) -> Float[Array, "*batch n m"]:
   """The plan itself, with the same gradient, in memory that `iterations` leave alone.
 
@@ -97,7 +101,8 @@ def iterated_plan(
   pairs = valid_pairs(*weights)
   if pairs is not None:
     logits = jnp.where(pairs, logits, 0.0)
-  return _plan(iterations, logits, zero_invalid(start, weights[0]), *weights)
+  start = zero_invalid(start, weights[0])
+  return _plan(iterations, tolerance, logits, start, *weights)
 
 
 def _masses(weights: Masses, batch: Sequence[int], size: int) -> Masses:
@@ -108,43 +113,54 @@ def _masses(weights: Masses, batch: Sequence[int], size: int) -> Masses:
   return jnp.broadcast_to(floats, (*batch, size))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
-  iterations, precision, forward, query, key, value, start, rows, columns, bias
-):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(iterations, tolerance, precision, forward, *arguments):
   if forward is not None:
     return forward
+  if tolerance is not None:
+    kept = _attend_and_keep(iterations, tolerance, precision, *arguments)
+    return kept[0].astype(arguments[2].dtype)
+  query, key, value, start, rows, columns, bias = arguments
   options: dict[str, Any] = {"bias": bias, "precision": precision}
   return scaled_attention(
     query, key, value, start, iterations, rows, columns, **options
   )
 
 
-def _attend_forward(iterations, precision, forward, query, key, value, *rest):
-  del forward
+def _attend_and_keep(iterations, tolerance, precision, *arguments):
+  """The result, the duals at last and those of all iterations, which come last."""
 
   def block(query, key, value, start, rows, columns, bias):
     logits = _logits(query, key, bias, precision)
-    scaled, iterates = scaled_iterates(logits, start, iterations, rows, columns)
+    scaled, iterates = scaled_iterates(
+      logits, start, iterations, rows, columns, tolerance=tolerance
+    )
     # Wide: the cotangent of the duals is read off the result.
     wide = value.astype(scaled.kernel.dtype)
     out = scaled.apply(wide, precision=precision)
     # Blocks have the batch in front.
     return out, scaled.duals, jax.tree.map(_iterations_last, iterates)
 
-  arguments = query, key, value, *rest
-  kept = _in_blocks(block, arguments, (2, 2, 2, 1, 1, 1, 2))
+  return _in_blocks(block, arguments, (2, 2, 2, 1, 1, 1, 2))
+
+
+def _attend_forward(iterations, tolerance, precision, forward, *arguments):
+  del forward
+  kept = _attend_and_keep(iterations, tolerance, precision, *arguments)
   # JAX (0.10) mixes up residuals that are inputs where it differentiates a loop twice.
-  return kept[0].astype(value.dtype), jax.lax.optimization_barrier((arguments, kept))
+  kept_apart = jax.lax.optimization_barrier((arguments, kept))
+  return kept[0].astype(arguments[2].dtype), kept_apart
 
 
-def _attend_backward(iterations, precision, residuals, out_bar):
-  def block(query, key, value, rows, columns, bias, out, f, g, fs, gs, out_bar):
-    sums = _marginals(query.shape[:-2], query.shape[-2], key.shape[-2], f.dtype)
-    marginals, to_weights = jax.vjp(sums, rows, columns)
-    duals, iterates = Duals(f, g), Iterates(*map(_iterations_first, (fs, gs)))
+def _attend_backward(iterations, tolerance, precision, residuals, out_bar):
+  def block(query, key, value, rows, columns, bias, out, f, g, fs, gs, active, out_bar):
+    shape = *query.shape[:-1], key.shape[-2]
+    sums = functools.partial(marginals, shape=shape, dtype=f.dtype)
+    of_plan, to_weights = jax.vjp(sums, rows, columns)
+    duals = Duals(f, g)
+    iterates = jax.tree.map(_iterations_first, Iterates(fs, gs, active))
     value, out_bar = (x.astype(out.dtype) for x in (value, out_bar))
-    passed = *marginals, duals, iterates
+    passed = *of_plan, duals, iterates
     given = query, key, value, bias, out, out_bar
     function = functools.partial(_block_cotangents, precision)
     *of_tokens, a, b, of_bias = by_domain(function, in_range(*passed), passed, given)
@@ -153,7 +169,7 @@ def _attend_backward(iterations, precision, residuals, out_bar):
   arguments, (out, duals, iterates) = residuals
   query, key, value, _, rows, columns, bias = arguments
   given = query, key, value, rows, columns, bias, out, *duals, *iterates, out_bar
-  own = 2, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2, 2
+  own = 2, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2, 2, 2
   found = _in_blocks(block, given, own)
   bars = [
     None if bar is None else bar.astype(argument.dtype)
@@ -185,23 +201,24 @@ def _block_cotangents(precision, domain, passed, given):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _plan(iterations, logits, start, rows, columns):
-  return scaled_iterates(logits, start, iterations, rows, columns)[0].dense()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _plan(iterations, tolerance, logits, start, *weights):
+  options: dict[str, Any] = {"tolerance": tolerance}
+  return scaled_iterates(logits, start, iterations, *weights, **options)[0].dense()
 
 
-def _plan_forward(iterations, logits, start, *weights):
-  scaled, iterates = scaled_iterates(logits, start, iterations, *weights)
+def _plan_forward(iterations, tolerance, logits, start, *weights):
+  options: dict[str, Any] = {"tolerance": tolerance}
+  scaled, iterates = scaled_iterates(logits, start, iterations, *weights, **options)
   kept = (logits, start, *weights), scaled.duals, iterates
   return scaled.dense(), jax.lax.optimization_barrier(kept)
 
 
-def _plan_backward(iterations, residuals, plan_bar):
+def _plan_backward(iterations, tolerance, residuals, plan_bar):
   (logits, _, *weights), duals, iterates = residuals
-  n, m = logits.shape[-2:]
-  sums = _marginals(logits.shape[:-2], n, m, logits.dtype)
-  marginals, to_weights = jax.vjp(sums, *weights)
-  passed = Iterations(logits, *marginals, duals, iterates)
+  sums = functools.partial(marginals, shape=logits.shape, dtype=logits.dtype)
+  of_plan, to_weights = jax.vjp(sums, *weights)
+  passed = Iterations(logits, *of_plan, duals, iterates)
   moved = plan(logits, duals, *weights) * plan_bar
   bars = Duals(moved.sum(-1), moved.sum(-2))
   found = by_domain(cotangents, in_range(*passed[1:]), passed, bars)
@@ -209,19 +226,6 @@ def _plan_backward(iterations, residuals, plan_bar):
 
 
 _plan.defvjp(_plan_forward, _plan_backward)
-
-
-def _marginals(
-  batch: Sequence[int], n: int, m: int, dtype: jnp.dtype
-) -> Callable[[Masses, Masses], tuple[Array, Array]]:
-  """Sums of the rows and of the columns as a function of the masses."""
-
-  def sums(rows, columns):
-    a = jnp.broadcast_to(row_sums(rows, n), (*batch, n))
-    b = jnp.broadcast_to(column_sums(rows, columns, n, m), (*batch, m))
-    return a.astype(dtype), b.astype(dtype)
-
-  return sums
 
 
 def _logits(query, key, bias, precision):

@@ -72,7 +72,7 @@ def scaled_attention(
   weights = query_weights, key_weights
   arguments = query, key, value, dual, *weights, relaxation, momentum, bias
   batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
-  if xla_short.is_short(count, query.shape[-2], key.shape[-2]):
+  if xla_short.is_short(count, query.shape[-2], key.shape[-2], *weights):
     return jax.lax.platform_dependent(*arguments, cpu=short, default=attend)
   if bias is not None:
     return attend(*arguments)

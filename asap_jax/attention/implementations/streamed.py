@@ -1,0 +1,163 @@
+"""Sinkhorn's iterations with their exact gradient in O(n + m) memory.
+
+One sweep over the scores an iteration, forward and backward, a chunk of queries at a
+time (`asap_jax.attention.implementations.sweeps`). The duals of all iterations are
+kept, O(T (n + m)), and no n x m matrix.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from asap_jax.attention.implementations import sweeps
+from asap_jax.attention.implementations.blocks import block_size, by_blocks
+from asap_jax.attention.implementations.sweeps import Problem, in_chunks, joined
+from asap_jax.c_transform.entropic import Duals, check_closures, marginals
+from asap_jax.c_transform.iterates import Iterates
+from asap_jax.masses import Masses, zero_invalid
+from asap_jax.numerics import float_dtype
+
+T = TypeVar("T")  # a pytree of arrays
+
+# Scores of a chunk: on a CPU they stay in its cache; elsewhere 64 MiB of float32 keep a
+# device busy. Fewer heads at a time come before chunks of fewer queries.
+_CPU_SCORES, _SCORES, _LEAST_CHUNK = 2**20, 2**24, 128
+
+
+def streamed_attention(
+  query: Float[Array, "*batch n dim"],
+  key: Float[Array, "*batch m dim"],
+  value: Float[Array, "*batch m features"],
+  start: Float[Array, "*batch n"],
+  iterations: int,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
+  *,
+  tolerance: float | None = None,
+  precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*batch n features"]:
+  """Values weighted by the plan of plain iterations from a query-side dual.
+
+  The same as `iterated_attention`, without a bias. Works under jit, vmap and grad, in
+  reverse mode only.
+
+  Args:
+    query: see `iterated_attention`, as all arguments.
+    key: likewise.
+    value: likewise.
+    start: likewise.
+    iterations: likewise.
+    query_weights: likewise.
+    key_weights: likewise.
+    tolerance: likewise.
+    precision: likewise.
+
+  Returns:
+    As `iterated_attention`.
+  """
+  check_closures(iterations, None, None, "query")
+  batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
+  weights = query_weights, key_weights
+  query, key, value = (
+    zero_invalid(tokens, own, axis=-2)
+    for tokens, own in ((query, weights[0]), (key, weights[1]), (value, weights[1]))
+  )
+  dtype = float_dtype(query, key, start)
+  start = zero_invalid(start.astype(dtype), weights[0])
+  a, b = marginals(*weights, (*batch, n, m), dtype)
+  options = iterations, tolerance, precision
+  return _attend(options, query, key, value, start, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, *arguments):
+  return _attend_forward(options, *arguments)[0]
+
+
+def _attend_forward(options, *arguments):
+  def block(chunk, query, key, value, start, a, b):
+    n = query.shape[-2]
+    problem, start = _problem(chunk, query, key, a, b), in_chunks(start, chunk, axis=-1)
+    swept = sweeps.iterate(problem, value.astype(a.dtype), start, *options)
+    iterates = swept.iterates._replace(f=_by_iteration(joined, swept.iterates.f, n))
+    # Blocks have the batch in front.
+    iterates = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2), iterates)
+    duals = swept.duals._replace(f=joined(swept.duals.f, n, axis=-1))
+    return joined(swept.out, n, axis=-2), duals, iterates
+
+  kept = _in_blocks(block, arguments, (2, 2, 2, 1, 1, 1))
+  # JAX (0.10) mixes up residuals that are inputs where it differentiates a loop twice.
+  residuals = jax.lax.optimization_barrier((arguments, kept))
+  return kept[0].astype(arguments[2].dtype), residuals
+
+
+def _attend_backward(options, residuals, out_bar):
+  def block(chunk, query, key, value, a, b, out, f, g, fs, gs, active, out_bar):
+    n, dtype = query.shape[-2], a.dtype
+    iterates = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), Iterates(fs, gs, active))
+    iterates = iterates._replace(f=_by_iteration(in_chunks, iterates.f, chunk))
+    duals = Duals(in_chunks(f, chunk, axis=-1), g)
+    out, out_bar = (in_chunks(x.astype(dtype), chunk, axis=-2) for x in (out, out_bar))
+    bars = sweeps.cotangents(
+      _problem(chunk, query, key, a, b),
+      value.astype(dtype),
+      sweeps.Swept(out, duals, iterates),
+      out_bar,
+      options[-1],
+    )
+    return (
+      joined(bars.query, n, axis=-2),
+      bars.key,
+      bars.value,
+      *(joined(bar, n, axis=-1) for bar in (bars.start, bars.a)),
+      bars.b,
+    )
+
+  arguments, (out, duals, iterates) = residuals
+  query, key, value, _, a, b = arguments
+  given = query, key, value, a, b, out, *duals, *iterates, out_bar
+  found = _in_blocks(block, given, (2, 2, 2, 1, 1, 2, 1, 1, 2, 2, 2, 2))
+  return tuple(
+    bar.astype(argument.dtype) for bar, argument in zip(found, arguments, strict=True)
+  )
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _problem(chunk: int, query: Array, key: Array, a: Array, b: Array) -> Problem:
+  return Problem(in_chunks(query, chunk, axis=-2), key, in_chunks(a, chunk, axis=-1), b)
+
+
+def _by_iteration(function: Callable[..., Array], duals: Array, size: int) -> Array:
+  return jax.vmap(lambda dual: function(dual, size, axis=-1))(duals)
+
+
+def _in_blocks(
+  function: Callable[..., T], arguments: Sequence[Array | None], own: Sequence[int]
+) -> T:
+  """`function` of the size of chunks, and of arguments in blocks of the batch."""
+  query, key = arguments[:2]
+  batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
+
+  def run(scores, *arguments):
+    most = max(scores // max(min(n, _LEAST_CHUNK) * m, 1), 1)
+    elements = block_size(math.prod(batch), most)
+    chunk = min(max(scores // max(elements * m, 1), 1), max(n, 1))
+    # Chunks of one size, with as little in the last that is not there as can be.
+    chunk = -(-n // -(-n // chunk))
+    of_chunk = functools.partial(function, chunk)
+    if elements == math.prod(batch):
+      return of_chunk(*arguments)
+    return by_blocks(of_chunk, batch, elements, arguments, own)
+
+  return jax.lax.platform_dependent(
+    *arguments,
+    cpu=functools.partial(run, _CPU_SCORES),
+    default=functools.partial(run, _SCORES),
+  )
