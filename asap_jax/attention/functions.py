@@ -187,7 +187,8 @@ def check_iterations(
     )
   if tolerance is None:
     return
-  if not isinstance(tolerance, float) or not tolerance > 0.0:
+  # Of another type it may be an array, which has no value under jit.
+  if type(tolerance) is not float or not tolerance > 0.0:
     raise ValueError(f"tolerance={tolerance!r}: expected None or a float above zero")
   if iterations == 0 or relaxation != 1.0:
     raise ValueError(

@@ -14,7 +14,7 @@ log domain (`asap_jax.c_transform.closures`), which is the same plan.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +162,7 @@ def _scaled_plan(
     return (kernel, queries, keys, dual, start), None
 
   if count > 1:
-    carry = kernel, queries, keys, f, f
+    carry: tuple[Any, ...] = kernel, queries, keys, f, f
     factors = by_closure(relaxation, momentum, kernel.dtype)
     (kernel, queries, keys, *_), _ = jax.lax.scan(
       step, carry, factors, length=count - 1

@@ -105,8 +105,8 @@ class Sinkhorn:
     """
     start = starting_dual(self.start, seen.query, seen.key, *seen.masks)
     arguments = seen.logits, self.iterations, *seen.masks, start
-    options = {"relaxation": self.relaxation, "tolerance": self.tolerance}
-    return sinkhorn_source_dual(*arguments, **options)
+    options: dict[str, Any] = {"relaxation": self.relaxation}
+    return sinkhorn_source_dual(*arguments, tolerance=self.tolerance, **options)
 
 
 @jax.tree_util.register_dataclass

@@ -195,8 +195,10 @@ def sinkhorn_source_dual(
     pairs = valid_pairs(*weights)
     if pairs is not None:
       logits = jnp.where(pairs, logits, 0.0)
-    options = {"tolerance": tolerance}
-    _, iterates = scaled_iterates(logits, start, iterations, *weights, **options)
-    later = jnp.concatenate([iterates.active[1:], jnp.zeros_like(iterates.active[:1])])
-    return jnp.where(iterates.active & ~later, iterates.f, 0.0).sum(0)
+    _, (duals, _, active) = scaled_iterates(
+      logits, start, iterations, *weights, tolerance=tolerance
+    )
+    assert active is not None
+    last = active & ~jnp.concatenate([active[1:], jnp.zeros_like(active[:1])])
+    return jnp.where(last, duals, 0.0).sum(0)
   return scaled_plan(logits, start, iterations - 1, *weights).duals.f

@@ -72,6 +72,7 @@ def test_twenty_iterations_are_the_default():
     {"iterations": 0, "start": "gaussian_full"},
     {"iterations": 3, "start": "gaussian_diagonal", "implementation": "xla"},
     {"iterations": 3, "implementation": "chunked"},
+    {"iterations": 9, "tolerance": 0.01},
   ],
 )
 def test_start_and_implementation_are_those_of_the_function(options):
@@ -86,7 +87,7 @@ def test_start_and_implementation_are_those_of_the_function(options):
     return layer.out(sinkhorn_attention(*tokens, mask=mask, epsilon=0.5, **options))
 
   np.testing.assert_allclose(layer(X, mask=mask), expected(), atol=1e-5)
-  defaults = {"start": "zero", "implementation": None}
+  defaults = {"start": "zero", "implementation": None, "tolerance": None}
   assert layer.attention_fn.keywords == {"epsilon": 0.5, **defaults, **options}
 
 
@@ -108,6 +109,8 @@ def test_arguments_that_make_no_sense_are_refused():
     SinkhornMultiHeadAttention(
       HEADS, WIDTH, iterations=-1, start="gaussian", rngs=nnx.Rngs(0)
     )
+  with pytest.raises(ValueError, match=r"tolerance=0: expected None or a float above"):
+    SinkhornMultiHeadAttention(HEADS, WIDTH, tolerance=0, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=r"decode=True.*expected False"):
     SinkhornMultiHeadAttention(HEADS, WIDTH, decode=True, rngs=nnx.Rngs(0))
   layer = SinkhornMultiHeadAttention(HEADS, WIDTH, rngs=nnx.Rngs(0))

@@ -283,6 +283,24 @@ def test_columns_are_far_better_than_from_zero_where_logits_are_sharp():
       {"relaxation": 1.5, "implementation": "ott"},
       r"relaxation=1.5 with implementation='ott'",
     ),
+    ({"tolerance": -1.0}, r"tolerance=-1.0: expected None or a float above zero"),
+    ({"tolerance": 1}, r"tolerance=1: expected None or a float above zero"),
+    (
+      {"tolerance": 0.1, "relaxation": 1.5},
+      r"tolerance=0.1 with iterations=20, relaxation=1.5: expected at least one",
+    ),
+    (
+      {"tolerance": 0.1, "iterations": 0, "start": "gaussian"},
+      r"tolerance=0.1 with iterations=0, .*: expected at least one",
+    ),
+    (
+      {"tolerance": 0.1, "implementation": "ott"},
+      r"implementation='ott' with tolerance=0.1: expected None, 'xla' or 'chunked'",
+    ),
+    (
+      {"tolerance": 0.1, "implementation": "chunked", "bias": BIAS},
+      r"tolerance with a bias and implementation='chunked'",
+    ),
     ({"implementation": "scaling", "start": "gaussian"}, r"implementation='scaling'"),
     (
       {"implementation": "cudnn", "start": "gaussian", "iterations": 0},

@@ -85,8 +85,9 @@ class ClosedPlan:
     """Weights, `[batch..., heads, n, m]`."""
     logits, masks = self.inputs.logits, self.inputs.masks
     if self.by_iterates:
-      options = {"tolerance": self.tolerance}
-      return iterated_plan(logits, self.dual, self.count, *masks, **options)
+      return iterated_plan(
+        logits, self.dual, self.count, *masks, tolerance=self.tolerance
+      )
     return scaled_plan(logits, self.dual, self.count, *masks, **self.steps).dense()
 
   def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
@@ -114,8 +115,7 @@ class ClosedPlan:
     tokens: tuple[Any, ...] = inputs.query, inputs.key, value, self.dual
     exact = *tokens, self.count, *inputs.masks
     if self.by_iterates and self.implementation == "chunked":
-      stops = {"tolerance": self.tolerance, "precision": precision}
-      return streamed_attention(*exact, **stops)
+      return streamed_attention(*exact, tolerance=self.tolerance, precision=precision)
     iterate: Callable[..., Array] = functools.partial(
       iterated_attention, *exact, **options, tolerance=self.tolerance
     )

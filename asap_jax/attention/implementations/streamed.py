@@ -8,7 +8,7 @@ kept, O(T (n + m)), and no n x m matrix.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def _by_iteration(function: Callable[..., Array], duals: Array, size: int) -> Ar
 
 
 def _in_blocks(
-  function: Callable[..., T], arguments: Sequence[Array | None], own: Sequence[int]
+  function: Callable[..., T], arguments: Sequence[Any], own: Sequence[int]
 ) -> T:
   """`function` of the size of chunks, and of arguments in blocks of the batch."""
   query, key = arguments[:2]

@@ -130,19 +130,20 @@ def iterate(
     if tolerance is not None:
       active = active & (column_shift(g, after, problem.b)[..., None] > tolerance)
       after = jnp.where(active, after, g)
-    return (f, after, active), Iterates(f, after, active)
+    reached = Iterates(f, after, active)
+    return reached, reached
 
   def step(carry, _):
     if tolerance is None:
       return turn(*carry)
     active = carry[-1]
     return jax.lax.cond(
-      active.any(), turn, lambda *same: (same, Iterates(*same)), *carry
+      active.any(), turn, lambda *same: (Iterates(*same),) * 2, *carry
     )
 
   active = None if tolerance is None else jnp.ones((*g.shape[:-1], 1), bool)
-  first = Iterates(start, g, active)
-  (_, g, _), later = jax.lax.scan(step, tuple(first), length=iterations - 1)
+  carry = first = Iterates(start, g, active)
+  (_, g, _), later = jax.lax.scan(step, carry, length=iterations - 1)
   iterates = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, later)
 
   def values(_, chunk):
@@ -223,9 +224,11 @@ def cotangents(
   )
   function = functools.partial(_to_tokens, precision)
   parts = last, row_parts, column_parts
-  bars = by_domain(function, in_range, problem, value, swept, out_bar, parts)
-  sums = last + row_parts.sum(0), column_parts.sum(0)
-  return Cotangents(*bars, value_bar, start_bar, *sums)
+  query_bar, key_bar = by_domain(
+    function, in_range, problem, value, swept, out_bar, parts
+  )
+  a_bar, b_bar = last + row_parts.sum(0), column_parts.sum(0)
+  return Cotangents(query_bar, key_bar, value_bar, start_bar, a_bar, b_bar)
 
 
 def _to_tokens(precision, in_range, problem, value, swept, out_bar, parts):
