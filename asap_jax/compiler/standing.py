@@ -167,6 +167,9 @@ def fixed(teacher: Observer, operator: Recipe | Sinkhorn, seed: int) -> list[Sta
   ]
   standing = []
   for index, (before, chosen, *others) in enumerate(measure(teacher, compared)):
+    if any(other.label == chosen.label for other in others):
+      # As many iterations as a cut of the teacher, but others: from another start, say.
+      chosen = chosen._replace(label=f"{chosen.label}, as given")
     alternatives = tuple(each.alternative for each in (chosen, *others, before))
     standing.append(
       Standing(

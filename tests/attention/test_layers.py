@@ -109,8 +109,10 @@ def test_arguments_that_make_no_sense_are_refused():
     SinkhornMultiHeadAttention(
       HEADS, WIDTH, iterations=-1, start="gaussian", rngs=nnx.Rngs(0)
     )
-  with pytest.raises(ValueError, match=r"tolerance=0: expected None or a float above"):
-    SinkhornMultiHeadAttention(HEADS, WIDTH, tolerance=0, rngs=nnx.Rngs(0))
+  with pytest.raises(
+    ValueError, match=r"tolerance=0.0: expected None or a float above"
+  ):
+    SinkhornMultiHeadAttention(HEADS, WIDTH, tolerance=0.0, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=r"decode=True.*expected False"):
     SinkhornMultiHeadAttention(HEADS, WIDTH, decode=True, rngs=nnx.Rngs(0))
   layer = SinkhornMultiHeadAttention(HEADS, WIDTH, rngs=nnx.Rngs(0))

@@ -33,9 +33,19 @@ def test_a_layer_that_stops_early_is_compiled():
     2, 8, iterations=9, tolerance=0.05, rngs=nnx.Rngs(0)
   )
   batches = jax.random.normal(jax.random.key(0), (2, 3, 6, 8))
-  exact, report = asap_jax.compile(layer, batches, Sinkhorn(9), progress=False)
+  _, report = asap_jax.compile(layer, batches, Sinkhorn(9), progress=False)
   (of_layer,) = report.layers
   # The teacher's error, with which it stopped, is not that of all its iterations.
   assert 1e-4 < of_layer.teacher_column_error.max() <= 0.05
   assert (of_layer.column_error < 1e-4).all()
-  assert exact.attention_fn.func is not layer.attention_fn
+  assert of_layer.chosen == "sinkhorn@9, as given"
+
+
+def test_iterations_from_another_start_are_no_cut_of_the_teacher():
+  layer = asap_jax.SinkhornMultiHeadAttention(2, 8, iterations=5, rngs=nnx.Rngs(0))
+  batches = jax.random.normal(jax.random.key(0), (2, 3, 6, 8))
+  operator = Sinkhorn(2, start="gaussian")
+  _, report = asap_jax.compile(layer, batches, operator, progress=False)
+  labels = [each.label for each in report.layers[0].alternatives]
+  assert len(set(labels)) == len(labels)
+  assert report.layers[0].chosen == "sinkhorn@2, as given"
