@@ -5,14 +5,16 @@
 - `"cudnn"`: O(n + m) memory, cuDNN's fused kernels; bfloat16 and float16 on an NVIDIA
   GPU.
 
-All three are one function up to rounding.
+All three are one function up to rounding. The choice is made for the platform that is
+lowered for, whatever devices the host has: where it differs, the lowered program holds
+the one of its own platform, and of several if it is exported for several.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,14 @@ _DENSE_HEAD = 2**26
 _CUDNN_LENGTH, _CUDNN_LENGTH_OF_MANY, _CUDNN_FEW = 128, 1024, 3
 
 
+class PerPlatform(NamedTuple):
+  """The implementation that serves on each platform, where they differ."""
+
+  cpu: Implementation
+  cuda: Implementation
+  default: Implementation
+
+
 @dataclasses.dataclass(frozen=True)
 class ClosedPlan:
   """The plan of some closures, to be applied to values without being formed.
@@ -61,7 +71,7 @@ class ClosedPlan:
     dual: to start at, `[batch..., heads, n or m]`.
     count: closures.
     steps: what is between them and whose dual it is, as in `asap_jax.closures`.
-    implementation: which serves (`choose`).
+    implementation: which serves (`choose_for`).
     dual_map: what predicted the dual, to be fused with the closures where that is
       faster; or `None`.
     by_iterates: whether the closures are plain iterations, as many as one likes, whose
@@ -73,7 +83,7 @@ class ClosedPlan:
   dual: Array
   count: int
   steps: Steps
-  implementation: Implementation
+  implementation: Implementation | PerPlatform
   dual_map: DualMap | None = None
   by_iterates: bool = False
 
@@ -86,6 +96,14 @@ class ClosedPlan:
 
   def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     """Weights times values."""
+    if isinstance(self.implementation, PerPlatform):
+      # One function for all platforms of a name: JAX traces it once.
+      applied = {
+        name: functools.partial(self._served_by(name).apply, precision=precision)
+        for name in self.implementation
+      }
+      served = {k: applied[name] for k, name in self.implementation._asdict().items()}
+      return jax.lax.platform_dependent(value, **served)
     close = functools.partial(self._close, precision=precision)
     dual_map, inputs = self.dual_map, self.inputs
     if dual_map is None or dual_map.network is not None or self.implementation != "xla":
@@ -103,6 +121,11 @@ class ClosedPlan:
     predict_and_close = functools.partial(fused, dual_map, inputs, precision=precision)
     return jax.lax.platform_dependent(value, cpu=predict_and_close, default=close)
 
+  def _served_by(self, name: Implementation) -> "ClosedPlan":
+    """The same plan on a platform where this one serves, which nobody named."""
+    kept = self.by_iterates and keeps_iterates(self.inputs, None, name)
+    return dataclasses.replace(self, implementation=name, by_iterates=kept)
+
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     inputs = self.inputs
     options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
@@ -119,7 +142,7 @@ class ClosedPlan:
     )
     if self.by_iterates and self.implementation == "xla":
       return iterate()
-    functions: dict[str, Callable[..., Array]] = {
+    functions: dict[object, Callable[..., Array]] = {
       "xla": scaled_attention,
       "chunked": chunked_attention,
     }
@@ -135,30 +158,40 @@ class ClosedPlan:
 
 
 def keeps_iterates(
-  inputs: Inputs, named: Implementation | None, chosen: Implementation
+  inputs: Inputs, named: Implementation | None, chosen: Implementation | PerPlatform
 ) -> bool:
-  """Whether the gradient of plain iterations is that of `iterated`.
+  """Whether the gradient of plain iterations is that of `iterated`, on any platform.
 
   It is where kernels of all heads fit, and no other was named: cuDNN's own takes five
   times as long (H100, JAX 0.11.2, bfloat16, 20 iterations of 64 heads of 1,024 tokens:
   a training step of 61 ms, and of 12).
   """
+  if isinstance(chosen, PerPlatform):
+    return any(keeps_iterates(inputs, named, name) for name in chosen)
   fits = math.prod(inputs.query.shape[:-1]) * inputs.key.shape[-2] <= _DENSE
   return chosen == "xla" or (named is None and chosen == "cudnn" and fits)
 
 
 def choose_for(
   inputs: Inputs, implementation: Implementation | None, count: int
-) -> Implementation:
+) -> Implementation | PerPlatform:
   """`choose` for one call of an attention, before anything is computed.
 
-  Where the weights are formed, any implementation will do.
+  While JAX traces, the platform is not known yet: then the choice is one for each, or
+  their name if it is the same. Where the weights are formed, any implementation will
+  do.
   """
   if implementation is not None and inputs.dropout.needs_weights:
     _check_name(implementation)
     return implementation
   options = {"bias": inputs.bias, "scale": inputs.scale, "count": count}
-  return choose(implementation, *_narrow(inputs), inputs.value, **options)
+  tokens = *_narrow(inputs), inputs.value
+  if implementation is not None or not isinstance(tokens[0], jax.core.Tracer):
+    return choose(implementation, *tokens, **options)
+  served = PerPlatform(
+    *(choose(None, *tokens, **options, platform=p) for p in ("cpu", "cuda", "tpu"))
+  )
+  return served.cpu if len(set(served)) == 1 else served
 
 
 def _narrow(inputs: Inputs) -> tuple[Array, Array]:
@@ -175,12 +208,14 @@ def choose(
   bias: Array | None = None,
   scale: Any = 1.0,
   count: int = 1,
+  platform: str | None = None,
 ) -> Implementation:
   """The implementation that serves these arguments: the one named, or the best.
 
   The best is `"cudnn"` where it can run and the lengths are worth it, `"chunked"` where
-  the n x m kernel would be large, else `"xla"`. The device is that of the queries, and
-  inside of jit, where they have none, JAX's default.
+  the n x m kernel would be large, else `"xla"`. JAX looks for cuDNN and an NVIDIA GPU
+  while it traces: on a host without them no call of cuDNN can be lowered, not for an
+  export to `cuda` either, and the best there is what it is without cuDNN.
 
   Args:
     implementation: a name, or `None` for the best.
@@ -190,6 +225,8 @@ def choose(
     bias: added to the logits, or `None`.
     scale: of the logits.
     count: closures.
+    platform: `"cpu"`, `"cuda"` (or `"gpu"`), `"tpu"`; by default that of the queries'
+      device, and inside of jit, where they have none, of JAX's default device.
 
   Raises:
     ValueError: if the name is unknown, or what it names cannot serve these arguments;
@@ -199,7 +236,7 @@ def choose(
     _check_name(implementation)
   if implementation in ("xla", "chunked"):
     return implementation
-  platform = _platform(query)
+  platform = platform or _platform(query)
   reason = unsupported(query, key, value, bias, scale)
   reason = reason or _no_cudnn(
     platform, query.dtype, head_dim(query.shape[-1], value.shape[-1])
