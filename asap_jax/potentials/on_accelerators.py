@@ -25,6 +25,8 @@ class _Sorted(NamedTuple):
   mass: Float[Array, "*batch n"] | None  # of each point, if the weights are float
 
 
+# JAX traces this branch on a CPU too: once for all layers of a shape.
+@jax.jit
 def potentials(
   x: Float[Array, "*batch n"],
   y: Float[Array, "*batch m"],

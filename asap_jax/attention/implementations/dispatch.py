@@ -42,8 +42,9 @@ from asap_jax.dual_map.predict import DualMap, Steps
 
 Implementation = Literal["xla", "chunked", "cudnn"]
 
-# Entries above which a kernel is not formed: 1 GiB of float32 in all; on a CPU, where
-# heads come one after another, 256 MiB of one head.
+# Entries above which a kernel is not formed: 2 GiB of float32 in all, for XLA holds two
+# arrays of so many (compiled for a TPU v5e; a gradient of several iterations, four). On
+# a CPU heads come one after another: 768 MiB of one head, in three arrays.
 _DENSE = 2**28
 _DENSE_HEAD = 2**26
 # Below this length two fused calls a closure are not worth their overhead; for many
