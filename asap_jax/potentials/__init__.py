@@ -1,8 +1,9 @@
 """Potentials that need no iteration: exact on the line, entropic between Gaussians.
 
-`kantorovich` solves transport on the line by one sort a side (`sorting`) and does so
-along many directions at once (`directions`); `summed` adds the potentials of paired
-bases up to a dual of the whole problem, with nothing learned. `gaussian` has the
+`kantorovich` solves transport on the line by one sort a side and does so along many
+directions at once (`directions`), in a form for CPUs (`on_cpu`, `sorting`) and one for
+all other devices (`on_accelerators`, `carrying`); `summed` adds the potentials of
+paired bases up to a dual of the whole problem, with nothing learned. `gaussian` has the
 entropic potential between Gaussians in closed form, without a sort.
 """
 

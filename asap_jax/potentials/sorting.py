@@ -1,4 +1,4 @@
-"""Sorting many short sequences of floats: in which order their points come.
+"""Sorting many short sequences of floats on a CPU: in which order their points come.
 
 Arrays are `[points, sequences]` here: points stand along the first axis, so that one
 vector instruction of a CPU compares the points of many sequences.

@@ -5,14 +5,16 @@
 - `"cudnn"`: O(n + m) memory, cuDNN's fused kernels; bfloat16 and float16 on an NVIDIA
   GPU.
 
-All three are one function up to rounding.
+All three are one function up to rounding. The choice is made for the platform that is
+lowered for, whatever devices the host has: where it differs, the lowered program holds
+the one of its own platform, and of several if it is exported for several.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +43,9 @@ from asap_jax.dual_map.predict import DualMap, Steps
 
 Implementation = Literal["xla", "chunked", "cudnn"]
 
-# Entries above which a kernel is not formed: 1 GiB of float32 in all; on a CPU, where
-# heads come one after another, 256 MiB of one head.
+# Entries above which a kernel is not formed: 2 GiB of float32 in all, for XLA holds two
+# arrays of so many (compiled for a TPU v5e; a gradient of several iterations, four). On
+# a CPU heads come one after another: 768 MiB of one head, in three arrays.
 _DENSE = 2**28
 _DENSE_HEAD = 2**26
 # Below this length two fused calls a closure are not worth their overhead; for many
@@ -51,6 +54,14 @@ _DENSE_HEAD = 2**26
 # without, of 64 heads of 1,024 tokens 4.5 and 5.3; a compiled layer 1.0 and 1.2, and
 # 1.0 and 1.6.)
 _CUDNN_LENGTH, _CUDNN_LENGTH_OF_MANY, _CUDNN_FEW = 128, 1024, 3
+
+
+class PerPlatform(NamedTuple):
+  """The implementation that serves on each platform, where they differ."""
+
+  cpu: Implementation
+  cuda: Implementation
+  default: Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +73,7 @@ class ClosedPlan:
     dual: to start at, `[batch..., heads, n or m]`.
     count: closures.
     steps: what is between them and whose dual it is, as in `asap_jax.closures`.
-    implementation: which serves (`choose`).
+    implementation: which serves (`choose_for`).
     dual_map: what predicted the dual, to be fused with the closures where that is
       faster; or `None`.
     by_iterates: whether the closures are plain iterations, as many as one likes, whose
@@ -76,7 +87,7 @@ class ClosedPlan:
   dual: Array
   count: int
   steps: Steps
-  implementation: Implementation
+  implementation: Implementation | PerPlatform
   dual_map: DualMap | None = None
   by_iterates: bool = False
   tolerance: float | None = None
@@ -92,6 +103,14 @@ class ClosedPlan:
 
   def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     """Weights times values."""
+    if isinstance(self.implementation, PerPlatform):
+      # One function for all platforms of a name: JAX traces it once.
+      applied = {
+        name: functools.partial(self._served_by(name).apply, precision=precision)
+        for name in self.implementation
+      }
+      served = {k: applied[name] for k, name in self.implementation._asdict().items()}
+      return jax.lax.platform_dependent(value, **served)
     close = functools.partial(self._close, precision=precision)
     dual_map, inputs = self.dual_map, self.inputs
     if dual_map is None or dual_map.network is not None or self.implementation != "xla":
@@ -109,6 +128,11 @@ class ClosedPlan:
     predict_and_close = functools.partial(fused, dual_map, inputs, precision=precision)
     return jax.lax.platform_dependent(value, cpu=predict_and_close, default=close)
 
+  def _served_by(self, name: Implementation) -> "ClosedPlan":
+    """The same plan on a platform where this one serves, which nobody named."""
+    kept = self.by_iterates and keeps_iterates(self.inputs, None, name)
+    return dataclasses.replace(self, implementation=name, by_iterates=kept)
+
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     inputs = self.inputs
     options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
@@ -121,7 +145,7 @@ class ClosedPlan:
     )
     if self.by_iterates and self.implementation == "xla":
       return iterate()
-    functions: dict[str, Callable[..., Array]] = {
+    functions: dict[object, Callable[..., Array]] = {
       "xla": scaled_attention,
       "chunked": chunked_attention,
     }
@@ -137,14 +161,17 @@ class ClosedPlan:
 
 
 def keeps_iterates(
-  inputs: Inputs, named: Implementation | None, chosen: Implementation
+  inputs: Inputs, named: Implementation | None, chosen: Implementation | PerPlatform
 ) -> bool:
   """Whether the gradient of plain iterations is that of `iterated`, or of `streamed`.
 
-  The former's is where kernels of all heads fit, and no other was named: cuDNN's own
-  takes five times as long (H100, JAX 0.11.2, bfloat16, 20 iterations of 64 heads of
-  1,024 tokens: a training step of 61 ms, and of 12). The latter knows no bias.
+  On any platform. The former's is where kernels of all heads fit, and no other was
+  named: cuDNN's own takes five times as long (H100, JAX 0.11.2, bfloat16, 20 iterations
+  of 64 heads of 1,024 tokens: a training step of 61 ms, and of 12). The latter knows no
+  bias.
   """
+  if isinstance(chosen, PerPlatform):
+    return any(keeps_iterates(inputs, named, name) for name in chosen)
   if chosen == "cudnn":
     return named is None and _fits(inputs)
   return chosen == "xla" or inputs.bias is None or inputs.dropout.needs_weights
@@ -160,10 +187,12 @@ def choose_for(
   count: int,
   *,
   stops: bool = False,
-) -> Implementation:
+) -> Implementation | PerPlatform:
   """`choose` for one call of an attention, before anything is computed.
 
-  Where the weights are formed, any implementation will do.
+  While JAX traces, the platform is not known yet: then the choice is one for each, or
+  their name if it is the same. Where the weights are formed, any implementation will
+  do.
 
   Args:
     inputs: of the call.
@@ -176,10 +205,22 @@ def choose_for(
     _check_name(implementation)
     return implementation
   options = {"bias": inputs.bias, "scale": inputs.scale, "count": count}
-  chosen = choose(implementation, *_narrow(inputs), inputs.value, **options)
-  if stops and chosen == "cudnn":
+  tokens = *_narrow(inputs), inputs.value
+
+  def chosen(platform: str | None) -> Implementation:
+    found = choose(implementation, *tokens, **options, platform=platform)
+    return _that_stops(inputs, found) if stops else found
+
+  if implementation is not None or not isinstance(tokens[0], jax.core.Tracer):
+    return chosen(None)
+  served = PerPlatform(*map(chosen, ("cpu", "cuda", "tpu")))
+  return served.cpu if len(set(served)) == 1 else served
+
+
+def _that_stops(inputs: Inputs, chosen: Implementation) -> Implementation:
+  if chosen == "cudnn":
     chosen = "xla" if _fits(inputs) else "chunked"
-  if stops and chosen == "chunked" and inputs.bias is not None:
+  if chosen == "chunked" and inputs.bias is not None:
     raise ValueError(
       "tolerance with a bias and implementation='chunked', or inputs that need it: "
       "expected tolerance=None, no bias, or implementation='xla'"
@@ -201,12 +242,14 @@ def choose(
   bias: Array | None = None,
   scale: Any = 1.0,
   count: int = 1,
+  platform: str | None = None,
 ) -> Implementation:
   """The implementation that serves these arguments: the one named, or the best.
 
   The best is `"cudnn"` where it can run and the lengths are worth it, `"chunked"` where
-  the n x m kernel would be large, else `"xla"`. The device is that of the queries, and
-  inside of jit, where they have none, JAX's default.
+  the n x m kernel would be large, else `"xla"`. JAX looks for cuDNN and an NVIDIA GPU
+  while it traces: on a host without them no call of cuDNN can be lowered, not for an
+  export to `cuda` either, and the best there is what it is without cuDNN.
 
   Args:
     implementation: a name, or `None` for the best.
@@ -216,6 +259,8 @@ def choose(
     bias: added to the logits, or `None`.
     scale: of the logits.
     count: closures.
+    platform: `"cpu"`, `"cuda"` (or `"gpu"`), `"tpu"`; by default that of the queries'
+      device, and inside of jit, where they have none, of JAX's default device.
 
   Raises:
     ValueError: if the name is unknown, or what it names cannot serve these arguments;
@@ -225,7 +270,7 @@ def choose(
     _check_name(implementation)
   if implementation in ("xla", "chunked"):
     return implementation
-  platform = _platform(query)
+  platform = platform or _platform(query)
   reason = unsupported(query, key, value, bias, scale)
   reason = reason or _no_cudnn(
     platform, query.dtype, head_dim(query.shape[-1], value.shape[-1])
