@@ -270,6 +270,8 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
     raise ValueError(f"{shapes}: expected [batch..., length, heads, dim] for each")
   if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
     raise ValueError(f"{shapes}: expected equal batch axes")
+  if 0 in query.shape[-3:] + value.shape[-3:]:
+    raise ValueError(f"{shapes}: expected at least one token, head and dimension")
   if query.shape[-1] != key.shape[-1]:
     raise ValueError(f"{shapes}: expected query and key of the same head dimension")
   if key.shape[-3:-1] != value.shape[-3:-1]:

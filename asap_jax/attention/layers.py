@@ -33,6 +33,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     epsilon: entropic regularisation; logits are divided by it.
     start: of the iterations; see `asap_jax.sinkhorn_attention`.
     implementation: likewise.
+    scale: of the logits, 1 / sqrt(head dimension) by default.
     decode: autoregressive decoding; only `False` is possible here.
     **kwargs: likewise; `rngs` is needed.
 
@@ -56,6 +57,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     epsilon: float = 1.0,
     start: Start = "zero",
     implementation: Teacher | None = None,
+    scale: float | None = None,
     decode: bool = False,
     **kwargs: Any,
   ):
@@ -70,6 +72,8 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
       epsilon=epsilon,
       start=start,
       implementation=implementation,
+      # What is saved names all that is bound: no more than is asked for.
+      **({} if scale is None else {"scale": scale}),
     )
     super().__init__(
       num_heads,

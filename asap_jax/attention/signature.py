@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from asap_jax.attention.inputs import Dropout, Inputs, exclude, prepare, restrict
@@ -161,7 +162,11 @@ def attention_fn(
       raise ValueError(
         f"bias: {core.__name__} has no logits to add it to; expected None"
       )
-    return core(inputs_of(given.arguments, any_mask, parts), **options)
+    inputs = inputs_of(given.arguments, any_mask, parts)
+    if inputs.query.size == 0:
+      shape = *given.arguments["query"].shape[:-1], inputs.value.shape[-1]
+      return jnp.zeros(shape, inputs.value.dtype)  # of a batch without elements
+    return core(inputs, **options)
 
   function.__signature__ = signature  # type: ignore[attr-defined]
   return function

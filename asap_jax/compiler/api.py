@@ -1,7 +1,7 @@
 """Compiling a model: every Sinkhorn attention becomes the best operator there is."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -36,6 +36,7 @@ def compile(
   target_tv: float = 0.05,
   keep_candidates: bool = False,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
+  leave: Collection[str] = (),
   seed: int = 0,
   progress: bool = True,
 ) -> Compiled:
@@ -80,6 +81,7 @@ def compile(
       loaded on the device that is meant, `asap_jax.choose` leaves the fastest there.
     call: how a batch is given to the model, such as `lambda model, batch:
       model(batch["tokens"])`; batches hold arrays alone.
+    leave: names of layers, as in the report, that stay as they are.
     seed: of random directions, of networks and of the order of refinement.
     progress: whether to show progress bars.
 
@@ -113,7 +115,7 @@ def compile(
       f"keep_candidates=True with operator={operator!r}: expected operator=None, which "
       "leaves something to choose"
     )
-  teacher = Observer(model, batches, call, progress)
+  teacher = Observer(model, batches, call, progress, leave)
   made = (
     standing.best(teacher, target_tv, seed, every=keep_candidates)
     if operator is None

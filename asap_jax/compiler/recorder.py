@@ -53,18 +53,32 @@ class _Recorder(nnx.Module):
       return self.function(*args, **kwargs)
 
 
+def _unheard(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """A function whose attention calls are told to nobody."""
+
+  def run(*args: Any, **kwargs: Any) -> jax.Array:
+    with listening(None):
+      return function(*args, **kwargs)
+
+  return run
+
+
 def recorder(
   model: nnx.Module,
   sites: Sequence[Site],
   call: Callable[[nnx.Module, Any], Any],
   hear: Hear | None = None,
+  left: Sequence[Site] = (),
 ) -> Callable[[Any], list[tuple[Activation, ...]]]:
   """A jitted function of a batch: the activations at each site, one per call of it.
 
   The model runs as it stands, in evaluation mode (no dropout); it is not changed.
-  `hear` is told of every attention call elsewhere while the function is traced.
+  `hear` is told of every attention call elsewhere while the function is traced, but
+  not of those at sites that are left out.
   """
-  listening_model = replace_sites(model, sites, [_Recorder(site) for site in sites])
+  functions = [_Recorder(site) for site in sites]
+  silent = [_unheard(site.function) for site in left]
+  listening_model = replace_sites(model, [*sites, *left], [*functions, *silent])
   listening_model.eval()
   graph, state = nnx.split(listening_model)
 

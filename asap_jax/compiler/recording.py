@@ -2,7 +2,7 @@
 
 import operator
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +68,7 @@ class Observer:
       iterator that can be read only once is stored.
     call: how a batch is given to the model.
     progress: whether streams show a progress bar.
+    leave: names of layers that are not observed.
 
   Attributes:
     first: the first batch.
@@ -87,13 +88,22 @@ class Observer:
     batches: Iterable[Any],
     call: Callable[[nnx.Module, Any], Any],
     progress: bool,
+    leave: Collection[str] = (),
   ):
     if not isinstance(model, nnx.Module):
       raise ValueError(
         f"model is of {kind_of(model)}: expected a Flax NNX module, for its attention "
         "functions are found among the attributes of its modules"
       )
-    self.sites = find_sinkhorn(model)
+    found = find_sinkhorn(model)
+    unknown = set(leave) - {site.name for site in found}
+    if unknown:
+      raise ValueError(
+        f"leave={sorted(unknown)}: no such Sinkhorn attention is held; expected some "
+        f"of {[site.name for site in found]}"
+      )
+    self.sites = [site for site in found if site.name not in leave]
+    left = [site for site in found if site.name in leave]
     self.progress = progress
     once = iter(batches)
     self._stored = Stored(once)
@@ -102,7 +112,7 @@ class Observer:
     if first is None:
       raise ValueError("batches is empty: expected at least two batches")
     hear = Unreplaced()
-    self._record = recorder(model, self.sites, call, hear)
+    self._record = recorder(model, self.sites, call, hear, left)
     seen = _shapes_seen(self._record, model, first, call)
     self.unreplaced = hear.names
     if not self.sites:
@@ -227,7 +237,7 @@ def _layers(sites: list[Site], seen: Calls, unreplaced: tuple[str, ...]) -> list
       raise ValueError(
         f"{site.name}: no call of this attention was seen on a calibration batch; pass "
         "call=, or batches that reach it; a model that splits and merges its modules "
-        "inside a JAX transformation hides the calls"
+        "inside a JAX transformation hides the calls; leave= passes over it"
         + (f". Calls of others were: {'; '.join(unreplaced)}" if unreplaced else "")
       )
     *stack, _, heads, _, dim = calls[0].query.shape

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 TEACHER = "teacher"
@@ -171,7 +172,7 @@ class Report:
       columns = [layer.r2, layer.tv, layer.kl, layer.column_error]
       columns.append(layer.teacher_column_error)
       for head, values in enumerate(zip(*columns, strict=True)):
-        first = (layer.name, times, layer.chosen) if head == 0 else ("", "", "")
+        first = (escape(layer.name), times, layer.chosen) if head == 0 else ("", "", "")
         # Iterations predict no dual, and have no R2.
         figures = ("-" if np.isnan(value) else f"{value:.4f}" for value in values)
         table.add_row(first[0], str(head), *figures, first[1], *first[2:][:mixed])

@@ -331,3 +331,14 @@ def test_double_precision_is_kept(implementation):
     np.testing.assert_allclose(actual, expected, atol=1e-12)
     slope = jax.grad(lambda query: (attend(query, key, value) ** 2).sum())(query)
     assert slope.dtype == jnp.float64
+
+
+@everyone
+def test_nothing_to_attend_to_is_refused_and_a_batch_of_nothing_is_empty(attend):
+  for query, key in (((2, 0), (2, M)), ((2, N), (2, 0))):
+    tokens = (jnp.ones((*shape, HEADS, DIM)) for shape in (query, key, key))
+    with pytest.raises(ValueError, match=r"query .*expected at least one token"):
+      attend(*tokens)
+  empty = (x[:0] for x in (QUERY, KEY, VALUE))
+  mask = jnp.ones((0, 1, N, M), bool)
+  assert attend(*empty, mask=mask).shape == (0, N, HEADS, DIM)

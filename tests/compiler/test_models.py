@@ -229,6 +229,33 @@ def test_report_names_what_was_not_replaced():
   assert compile(Two(ByHand(TEACHER)), [X, X]).report.unreplaced == ()
 
 
+def test_layers_are_left_out_by_name():
+  model = Two(ByHand(TEACHER))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    result = compile(model, [X, X], leave=["hidden.held"])
+  assert [layer.name for layer in result.report.layers] == ["visible"]
+  assert result.report.unreplaced == ()
+  assert result.model.hidden.held is TEACHER
+  with pytest.raises(ValueError, match=r"leave=\['other'\]: .*'hidden.held'"):
+    compile(model, [X, X], leave=["other"])
+
+
+class Unused(Two):
+  def __call__(self, x):
+    return x + self.visible(x)
+
+
+def test_a_layer_that_is_not_called_is_refused_or_left_out():
+  model = Unused(ByHand(TEACHER))
+  with pytest.raises(ValueError, match=r"hidden\.held: no call .*leave="):
+    observe(model)
+  left = Observer(
+    model, [X, X], lambda model, batch: model(batch), False, ["hidden.held"]
+  )
+  assert [layer.name for layer in left.layers] == ["visible"]
+
+
 def test_softmax_and_half_iterations_are_not_named():
   half = functools.partial(sinkhorn_attention, iterations=0, start="gaussian")
   for attend in (softmax_attention, half):
