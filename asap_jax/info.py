@@ -51,8 +51,10 @@ def info() -> dict[str, Any]:
   }
   try:
     devices = jax.local_devices()
-  except RuntimeError as error:
-    return found | {"error": str(error)}
+  # Where no named platform starts, JAX fails by an assertion without words.
+  except (RuntimeError, AssertionError) as error:
+    said = str(error) or f"no device of {os.environ.get('JAX_PLATFORMS')!r} starts"
+    return found | {"error": said}
   return found | {
     "devices": {str(device): device.device_kind for device in devices},
     "implementations": {str(device): _implementations(device) for device in devices},

@@ -67,6 +67,17 @@ def test_devices_that_do_not_start_are_said_not_to(monkeypatch):
   assert found["packages"]["jax"] == jax.__version__
 
 
+def test_a_failure_of_jax_without_words_names_the_platforms(monkeypatch):
+  def no_devices():
+    raise AssertionError  # as JAX does where none of JAX_PLATFORMS starts
+
+  monkeypatch.setattr(jax, "local_devices", no_devices)
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  found = info.info()
+  assert found["devices"] == {}
+  assert "'cuda'" in found["error"]
+
+
 def test_it_is_data_and_prints_as_a_command(monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   found = info.info()

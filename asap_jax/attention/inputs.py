@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from asap_jax.masses import zero_invalid
+from asap_jax.masses import valid_pairs, zero_invalid
 
 
 @runtime_checkable
@@ -59,8 +59,16 @@ class Activation:
   @property
   def logits(self) -> Float[Array, "*batch heads n m"]:
     """S = query key^T + bias."""
-    products = self.products
-    return products if self.bias is None else products + self.bias
+    bias = self.bias_of_pairs
+    return self.products if bias is None else self.products + bias
+
+  @property
+  def bias_of_pairs(self) -> Array | None:
+    """The bias, zero at absent pairs, where it may hold anything."""
+    pairs = valid_pairs(*self.masks)
+    if self.bias is None or pairs is None:
+      return self.bias
+    return jnp.where(pairs, self.bias, jnp.zeros((), self.bias.dtype))
 
   @property
   def products(self) -> Float[Array, "*batch heads n m"]:
@@ -134,7 +142,8 @@ class Inputs(Activation):
         raise ValueError("dropout_rng=None: expected a PRNG key, for dropout is active")
       shape = plan.shape[-2:] if broadcast else plan.shape
       keep = jax.random.bernoulli(rng, 1.0 - rate, shape)
-      plan = jnp.where(keep, plan / (1.0 - rate), 0.0)
+      # At a rate of one nothing is kept, and nothing is to be divided by zero.
+      plan = jnp.where(keep, plan / (1.0 - rate if rate < 1.0 else 1.0), 0.0)
     out = jnp.einsum(
       "...nm,...mv->...nv",
       plan.astype(self.value.dtype),
@@ -157,19 +166,25 @@ def prepare(
   dtype: jax.typing.DTypeLike | None = None,
   precision: jax.lax.PrecisionLike = None,
   scale: float | None = None,
-  epsilon: float = 1.0,
+  epsilon: float | Array = 1.0,
 ) -> Inputs:
   """Inputs with heads in front, queries scaled and keys repeated for their groups.
 
   Raises:
-    ValueError: if shapes do not fit or `epsilon` is not positive.
+    ValueError: if shapes do not fit or `epsilon` is not positive (a traced one, whose
+      value is not known, is taken as it is).
   """
   _check_shapes(query, key, value)
-  if epsilon <= 0:
+  if not isinstance(epsilon, jax.core.Tracer) and not epsilon > 0:
     raise ValueError(f"epsilon={epsilon}: expected a positive number")
+  if bias is not None:
+    _check_broadcast("bias", bias, query, key)
   heads, dim = query.shape[-2:]
   if dtype is None:
     dtype = jnp.result_type(query, key, value)
+    # Integers are promoted as Flax does.
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      dtype = jnp.promote_types(dtype, jnp.float32)
   groups = heads // key.shape[-2]
   query, key, value = (
     jnp.moveaxis(x, -2, -3).astype(dtype) for x in (query, key, value)
@@ -178,14 +193,14 @@ def prepare(
     key, value = (jnp.repeat(x, groups, axis=-3) for x in (key, value))
   # Low-precision inputs lose nothing, low-precision logits lose 4% of a marginal.
   wide = jnp.promote_types(dtype, jnp.float32)
-  scale = (dim**-0.5 if scale is None else scale) / epsilon
+  factor = (dim**-0.5 if scale is None else scale) / epsilon
   return Inputs(
-    query=query.astype(wide) * scale,
+    query=query.astype(wide) * factor,
     key=key.astype(wide),
     bias=bias,
     value=value,
     unscaled=query,
-    scale=scale,
+    scale=factor,
     precision=precision,
   )
 
@@ -211,6 +226,7 @@ def restrict(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
     )
   if mask is None:
     return inputs
+  _check_mask(mask, inputs)
   query_mask, key_mask, is_product = _split_mask(mask, n, m)
   inputs = _zero_absent(inputs, query_mask, key_mask)
   return dataclasses.replace(
@@ -221,6 +237,8 @@ def restrict(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
 def exclude(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
   """Inputs with the pairs that may attend, for functions that take any mask."""
   n, m = inputs.query.shape[-2], inputs.key.shape[-2]
+  if mask is not None:
+    _check_mask(mask, inputs)
   allowed = None if mask is None else mask != 0
   if is_causal:
     causal = jnp.tril(jnp.ones((n, m), bool))
@@ -252,6 +270,8 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
     raise ValueError(f"{shapes}: expected [batch..., length, heads, dim] for each")
   if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
     raise ValueError(f"{shapes}: expected equal batch axes")
+  if 0 in query.shape[-3:] + value.shape[-3:]:
+    raise ValueError(f"{shapes}: expected at least one token, head and dimension")
   if query.shape[-1] != key.shape[-1]:
     raise ValueError(f"{shapes}: expected query and key of the same head dimension")
   if key.shape[-3:-1] != value.shape[-3:-1]:
@@ -259,6 +279,34 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
   if query.shape[-2] % key.shape[-2]:
     raise ValueError(
       f"{shapes}: expected the query's heads to be a multiple of the key's"
+    )
+
+
+def _check_mask(mask: Array, inputs: Inputs) -> None:
+  query, key = (jnp.moveaxis(x, -3, -2) for x in (inputs.query, inputs.key))
+  _check_broadcast("mask", mask, query, key)
+  if mask.dtype == jnp.bool_ or isinstance(mask, jax.core.Tracer):
+    return
+  if not ((mask == 0) | (mask == 1)).all():
+    raise ValueError(
+      f"mask of dtype {mask.dtype} has values from {mask.min()} to {mask.max()}: "
+      "expected true or 1 where a query may attend to a key, and false or 0 elsewhere; "
+      "what is to be added to the logits is passed as bias"
+    )
+
+
+def _check_broadcast(name: str, array: Array, query: Array, key: Array) -> None:
+  """Raises ValueError unless an array broadcasts to the pairs of all heads."""
+  *batch, n, heads, _ = query.shape
+  expected = (*batch, heads, n, key.shape[-3])
+  fits = array.ndim <= len(expected) and all(
+    own in (1, wanted)
+    for own, wanted in zip(array.shape[::-1], expected[::-1], strict=False)
+  )
+  if not fits:
+    raise ValueError(
+      f"{name} has shape {array.shape}: expected one that broadcasts to [batch..., "
+      f"heads, n, m] = {expected}"
     )
 
 

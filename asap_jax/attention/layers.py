@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from asap_jax.attention.functions import (
@@ -33,6 +34,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     start: of the iterations; see `asap_jax.sinkhorn_attention`.
     tolerance: likewise.
     implementation: likewise.
+    scale: of the logits, 1 / sqrt(head dimension) by default.
     decode: autoregressive decoding; only `False` is possible here.
     **kwargs: likewise; `rngs` is needed.
 
@@ -57,6 +59,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     start: Start = "zero",
     tolerance: float | None = None,
     implementation: Teacher | None = None,
+    scale: float | None = None,
     decode: bool = False,
     **kwargs: Any,
   ):
@@ -72,6 +75,8 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
       start=start,
       tolerance=tolerance,
       implementation=implementation,
+      # What is saved names all that is bound: no more than is asked for.
+      **({} if scale is None else {"scale": scale}),
     )
     super().__init__(
       num_heads,
@@ -103,7 +108,7 @@ class AsapAttention(nnx.Module):
   Args:
     dual_map: calibrated parameters.
     options: further arguments bound to the attention function, such as `scale` and
-      `epsilon`; hashable values.
+      `epsilon`; hashable values, or arrays, which become constants of the state.
     implementation: see `asap_attention`; the best where it runs by default. It is no
       part of a saved model, which may be restored on another device.
 
@@ -127,7 +132,11 @@ class AsapAttention(nnx.Module):
     self.names = tuple(named)
     self.features = dual_map.features
     self.side, self.half = dual_map.side, dual_map.half
-    self.options = tuple(sorted((options or {}).items()))
+    bound = sorted((options or {}).items())
+    arrays = {k: v for k, v in bound if isinstance(v, jax.Array | np.ndarray)}
+    self.options = tuple((k, v) for k, v in bound if k not in arrays)
+    if arrays:
+      self.arrays = nnx.Dict({k: nnx.Variable(v) for k, v in arrays.items()})
     self.implementation = implementation
 
   @property
@@ -145,5 +154,7 @@ class AsapAttention(nnx.Module):
     **kwargs: Any,
   ) -> jax.Array:
     """`asap_attention` with this dual map; see there for arguments and errors."""
-    options = {"implementation": self.implementation, **dict(self.options), **kwargs}
+    arrays = {k: v[...] for k, v in getattr(self, "arrays", {}).items()}
+    bound = {"implementation": self.implementation, **dict(self.options), **arrays}
+    options = bound | kwargs
     return asap_attention(query, key, value, *args, dual_map=self.dual_map, **options)

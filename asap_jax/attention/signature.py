@@ -6,13 +6,16 @@ arguments of Flax, named one by one (Linen passes on only what it finds in the
 signature), and the core's own options after them.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from asap_jax.attention.inputs import Dropout, Inputs, exclude, prepare, restrict
@@ -42,7 +45,7 @@ class AttentionFn(Protocol):
     attn_weights_value_einsum: None = None,
     *,
     scale: float | None = None,
-    epsilon: float = 1.0,
+    epsilon: float | jax.Array = 1.0,
     **options: Any,
   ) -> jax.Array:
     """Values weighted by attention; the arguments that all functions here share.
@@ -68,7 +71,8 @@ class AttentionFn(Protocol):
       qk_attn_weights_einsum: see `einsum_dot_general`.
       attn_weights_value_einsum: see `einsum_dot_general`.
       scale: of the logits, 1 / sqrt(dim) by default.
-      epsilon: entropic regularisation, or temperature: the logits are divided by it.
+      epsilon: entropic regularisation, or temperature: the logits are divided by it. It
+        may be traced, and has a gradient.
       **options: a function's own, which its docstring describes.
 
     Returns:
@@ -94,6 +98,27 @@ _UNSUPPORTED = (
   "qk_attn_weights_einsum",
   "attn_weights_value_einsum",
 )
+
+
+# Told of the function's name and of all arguments of a call.
+Listener = Callable[[str, dict[str, Any]], None]
+_LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar(
+  "listener", default=None
+)
+
+
+@contextlib.contextmanager
+def listening(listener: Listener | None) -> Iterator[None]:
+  """Tells a listener of every call of an attention function meanwhile.
+
+  Only of calls that Python makes: what JAX takes from a cache is not heard. A listener
+  inside another replaces it; `None` hears nothing.
+  """
+  token = _LISTENER.set(listener)
+  try:
+    yield
+  finally:
+    _LISTENER.reset(token)
 
 
 def attention_fn(
@@ -127,6 +152,9 @@ def attention_fn(
     given = signature.bind(*args, **kwargs)
     options = {p.name: given.arguments[p.name] for p in own if p.name in given.kwargs}
     given.apply_defaults()
+    listener = _LISTENER.get()
+    if listener is not None:
+      listener(core.__name__, given.arguments)
     for argument in _UNSUPPORTED:
       if given.arguments[argument] is not None:
         raise ValueError(f"{argument}: not supported by {core.__name__}; expected None")
@@ -134,7 +162,11 @@ def attention_fn(
       raise ValueError(
         f"bias: {core.__name__} has no logits to add it to; expected None"
       )
-    return core(inputs_of(given.arguments, any_mask, parts), **options)
+    inputs = inputs_of(given.arguments, any_mask, parts)
+    if inputs.query.size == 0:
+      shape = *given.arguments["query"].shape[:-1], inputs.value.shape[-1]
+      return jnp.zeros(shape, inputs.value.dtype)  # of a batch without elements
+    return core(inputs, **options)
 
   function.__signature__ = signature  # type: ignore[attr-defined]
   return function
@@ -150,9 +182,12 @@ def inputs_of(given: dict[str, Any], any_mask: bool = False, parts: int = 1) -> 
   take = exclude if any_mask else restrict
   inputs = take(inputs, given["mask"], given["is_causal"])
   active = not given["deterministic"]
+  rate = given["dropout_rate"]
+  if not isinstance(rate, jax.core.Tracer) and not 0 <= rate <= 1:
+    raise ValueError(f"dropout_rate={rate}: expected a number from 0 to 1")
   dropout = Dropout(
     given["dropout_rng"] if active else None,
-    given["dropout_rate"] if active else 0.0,
+    rate if active else 0.0,
     given["broadcast_dropout"],
     given["module"],
   )

@@ -1,7 +1,7 @@
 """Compiling a model: every Sinkhorn attention becomes the best operator there is."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -36,6 +36,7 @@ def compile(
   target_tv: float = 0.05,
   keep_candidates: bool = False,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
+  leave: Collection[str] = (),
   seed: int = 0,
   progress: bool = True,
 ) -> Compiled:
@@ -58,23 +59,29 @@ def compile(
   grad; the compiled model does.
 
   Args:
-    model: the teacher, any NNX model that holds `sinkhorn_attention` or a partial of it
-      as an attribute of some module. It is left untouched.
-    batches: inputs, without labels, in at least two batches, as the model will be given
-      them: the times that decide are those of their shapes. Every fifth, from the
-      second on, is held out. Some hundred sequences are read for a choice, all of them
-      for a recipe, several times; an iterator that can be read only once is stored in
-      memory.
+    model: the teacher, any NNX model whose modules hold `sinkhorn_attention` or a
+      partial of it, as an attribute or in a dictionary, list or tuple (docs/models.md).
+      It is left untouched and runs in evaluation mode; the compiled model is in the
+      teacher's. A warning and the report name Sinkhorn attention that it calls but
+      holds elsewhere: that stays.
+    batches: inputs, in at least two batches, as the model will be given them: the times
+      that decide are those of their shapes. Every fifth, from the second on, is held
+      out. Some hundred sequences are read for a choice, once, so that there may be
+      batches without end. A recipe reads all of them several times, in the same order;
+      what an iterator gives that can be read only once is stored in memory.
     operator: `None` for the best by measurement; a `Recipe`, or
       `asap_jax.compiler.Sinkhorn`, for this one in every layer.
     target_tv: total variation to the teacher's plans, mean over heads and rows, that is
-      close enough for a choice by measurement.
+      close enough for a choice by measurement; single heads may be farther, as the
+      report shows.
     keep_candidates: whether the model is to run elsewhere: what is the fastest here
       need not be so there. Then one map of each family is fitted that comes close
       enough, however slow it is here, which takes minutes, and every layer holds all
       operators that may stand in it (`asap_jax.compiler.CandidateAttention`); once
       loaded on the device that is meant, `asap_jax.choose` leaves the fastest there.
-    call: how a batch is given to the model.
+    call: how a batch is given to the model, such as `lambda model, batch:
+      model(batch["tokens"])`; batches hold arrays alone.
+    leave: names of layers, as in the report, that stay as they are.
     seed: of random directions, of networks and of the order of refinement.
     progress: whether to show progress bars.
 
@@ -101,14 +108,14 @@ def compile(
       f"operator={operator!r}: expected an asap_jax.Recipe, an "
       "asap_jax.compiler.Sinkhorn or None"
     )
-  if not target_tv >= 0:
+  if not 0 <= target_tv <= 1:
     raise ValueError(f"target_tv={target_tv}: expected a number from 0 to 1")
   if keep_candidates and operator is not None:
     raise ValueError(
       f"keep_candidates=True with operator={operator!r}: expected operator=None, which "
       "leaves something to choose"
     )
-  teacher = Observer(model, batches, call, progress)
+  teacher = Observer(model, batches, call, progress, leave)
   made = (
     standing.best(teacher, target_tv, seed, every=keep_candidates)
     if operator is None
@@ -196,9 +203,10 @@ def _compiled(
   report = Report(
     layers=tuple(map(standing.report_of, teacher.layers, made)),
     model_milliseconds=model_milliseconds(
-      model, teacher.sites, compiled, next(iter(teacher.batches)), call
+      model, teacher.sites, compiled, teacher.first, call
     ),
     target_tv=target_tv,
     seconds=time.perf_counter() - start,
+    unreplaced=teacher.unreplaced,
   )
   return Compiled(compiled, report)

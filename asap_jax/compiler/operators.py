@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from asap_jax.attention.functions import (
@@ -162,8 +163,7 @@ def operator_of(attention_fn: Callable[..., jax.Array]) -> Operator:
 
 def sinkhorn_of(bound: dict[str, Any]) -> Sinkhorn:
   """The operator of bound arguments, which are taken out of them."""
-  names = [field.name for field in dataclasses.fields(Sinkhorn)]
-  return Sinkhorn(**{name: bound.pop(name) for name in names})
+  return Sinkhorn(**{name: bound.pop(name) for name in OWN})
 
 
 def bound_arguments(
@@ -171,18 +171,31 @@ def bound_arguments(
 ) -> dict[str, Any] | None:
   """Keyword arguments bound to `function`; `None` if `held` is no partial of it.
 
-  Of `sinkhorn_attention`, the defaults of its own options count as bound.
+  A function under `jax.jit` counts as itself. Of `sinkhorn_attention`, the defaults of
+  its own options count as bound. Numbers in arrays without axes count as numbers.
   """
+  bound: dict[str, Any] = {}
+  while held is not function:
+    if isinstance(held, functools.partial) and not held.args:
+      held, bound = held.func, held.keywords | bound
+    elif isinstance(held, _Jitted):
+      held = held.__wrapped__  # type: ignore[attr-defined]
+    else:
+      return None
   defaults = _DEFAULTS if function is sinkhorn_attention else {}
-  if held is function:
-    return dict(defaults)
-  # Nested partials are flattened by functools itself.
-  if isinstance(held, functools.partial) and held.func is function:
-    return defaults | held.keywords
-  return None
+  return defaults | {name: _plain(value) for name, value in bound.items()}
 
 
+def _plain(value: Any) -> Any:
+  """A number that lies in an array, as what it is: hashable."""
+  is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+  if not is_array or isinstance(value, jax.core.Tracer) or value.ndim > 0:
+    return value
+  return value.item()
+
+
+_Jitted = type(jax.jit(lambda: None))
+OWN = tuple(field.name for field in dataclasses.fields(Sinkhorn))
 _DEFAULTS = {
-  field.name: inspect.signature(sinkhorn_attention).parameters[field.name].default
-  for field in dataclasses.fields(Sinkhorn)
+  name: inspect.signature(sinkhorn_attention).parameters[name].default for name in OWN
 }

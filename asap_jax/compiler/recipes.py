@@ -20,7 +20,8 @@ class Recipe:
   `Recipe(directions="gaussian", features=("potentials",), refine_steps=0)`.
 
   Attributes:
-    slices: directions per head; sorting along them is most of what the map costs.
+    slices: directions per head; sorting along them is most of what the map costs. Of
+      principal directions a head has no more than dimensions.
     closures: two-sided closures after the prediction; between them the dual is
       over-relaxed by a factor learned for each head.
     directions: how they are drawn at first; `"principal"` takes the leading directions

@@ -1,7 +1,8 @@
 """Recording of the calls that each of a teacher's Sinkhorn layers sees on batches."""
 
 import operator
-from collections.abc import Callable, Generator, Iterable
+import warnings
+from collections.abc import Callable, Collection, Generator, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,22 @@ from flax import nnx
 from rich.progress import track
 
 from asap_jax.attention.inputs import Activation
-from asap_jax.compiler.sites import Site, find_sinkhorn, recorder
+from asap_jax.attention.layers import AsapAttention
+from asap_jax.compiler.batches import (
+  Stored,
+  check_batch,
+  check_runs,
+  check_same,
+  kind_of,
+)
+from asap_jax.compiler.kept import CandidateAttention
+from asap_jax.compiler.recorder import recorder
+from asap_jax.compiler.sites import Replacement, Site, find_held, find_sinkhorn
+from asap_jax.compiler.unreplaced import (
+  ADVICE,
+  Unreplaced,
+  shapes_with_every_call_heard,
+)
 
 Calls = list[tuple[Activation, ...]]  # of each layer
 Stream = Generator[Calls, None, None]
@@ -47,16 +63,19 @@ class Observer:
 
   Args:
     model: the teacher, left untouched.
-    batches: its inputs; every fifth, from the second on, is held out. Each stream
-      iterates over them again; an iterator that can be read only once is stored.
+    batches: its inputs; every fifth, from the second on, is held out. A sample reads
+      them once and as far as it needs. Each stream iterates over all of them again; an
+      iterator that can be read only once is stored.
     call: how a batch is given to the model.
     progress: whether streams show a progress bar.
+    leave: names of layers that are not observed.
 
   Attributes:
-    batches: as given, or stored.
+    first: the first batch.
     sites: of the model's Sinkhorn attentions.
     layers: at those sites, in the model's order.
     progress: as given.
+    unreplaced: calls of Sinkhorn attention at no site, by name.
 
   Raises:
     ValueError: if there is nothing to observe: no Sinkhorn attention, no batch, or
@@ -69,34 +88,63 @@ class Observer:
     batches: Iterable[Any],
     call: Callable[[nnx.Module, Any], Any],
     progress: bool,
+    leave: Collection[str] = (),
   ):
-    self.sites = find_sinkhorn(model)
-    if not self.sites:
+    if not isinstance(model, nnx.Module):
       raise ValueError(
-        "model holds no Sinkhorn attention: expected a module with an attribute that "
-        "is sinkhorn_attention or functools.partial(sinkhorn_attention, ...)"
+        f"model is of {kind_of(model)}: expected a Flax NNX module, for its attention "
+        "functions are found among the attributes of its modules"
       )
-    self.batches = list(batches) if iter(batches) is batches else batches
-    self._record = recorder(model, self.sites, call)
+    found = find_sinkhorn(model)
+    unknown = set(leave) - {site.name for site in found}
+    if unknown:
+      raise ValueError(
+        f"leave={sorted(unknown)}: no such Sinkhorn attention is held; expected some "
+        f"of {[site.name for site in found]}"
+      )
+    self.sites = [site for site in found if site.name not in leave]
+    left = [site for site in found if site.name in leave]
     self.progress = progress
-    first = next(iter(self.batches), None)
+    once = iter(batches)
+    self._stored = Stored(once)
+    self._batches = self._stored if once is batches else batches
+    self.first = first = next(iter(self._stored), None)
     if first is None:
       raise ValueError("batches is empty: expected at least two batches")
-    self.layers = _layers(self.sites, _shapes_seen(self._record, first))
+    hear = Unreplaced()
+    self._record = recorder(model, self.sites, call, hear, left)
+    seen = _shapes_seen(self._record, model, first, call)
+    self.unreplaced = hear.names
+    if not self.sites:
+      raise ValueError(_nothing_found(model, self.unreplaced))
+    self.layers = _layers(self.sites, seen, self.unreplaced)
+    if self.unreplaced:
+      warnings.warn(
+        "Sinkhorn attention that stays as it is, for no module holds its function: "
+        f"{'; '.join(self.unreplaced)}. To compile it, {ADVICE}",
+        stacklevel=3,
+      )
 
   def activations(self, description: str, *, held_out: bool = False) -> Stream:
     """Calls of every layer, batch by batch, of the batches fitted or held out.
 
     Raises:
-      ValueError: if activations are not finite, or a mask is not the outer product of
-        valid queries and valid keys.
+      ValueError: if activations are not finite, a mask is not the outer product of
+        valid queries and valid keys, nothing is valid in those held out, or batches
+        come in another order than before.
     """
-    batches = track(self.batches, description, disable=not self.progress)
+    batches = track(self._batches, description, disable=not self.progress)
+    of_stream: list[bool] = []
     for index, batch in enumerate(batches):
+      if index == 0:
+        check_same(batch, self.first)
       if is_held_out(index) == held_out:
         calls = _unstack(self._record(batch))
         _check_calls(self.layers, calls)
+        of_stream.append(_has_valid(calls))
         yield calls
+    if held_out and of_stream and not any(of_stream):
+      raise ValueError(_NOTHING_HELD_OUT)
 
   def sample(self, sequences: int) -> tuple[list[Calls], list[Calls]]:
     """Calls of every layer on the first batches: fitted, and held out.
@@ -109,43 +157,88 @@ class Observer:
     """
     wanted = {False: sequences, True: sequences // 2}
     kept: dict[bool, list[Calls]] = {False: [], True: []}
-    for index, batch in enumerate(self.batches):
+    # Stored, so that a loader that reshuffles is not asked for another pass.
+    for index, batch in enumerate(self._stored):
       held_out = is_held_out(index)
-      if wanted[held_out] <= 0:
-        if max(wanted.values()) <= 0:
-          break
-        continue
-      calls = _unstack(self._record(batch))
-      _check_calls(self.layers, calls)
-      kept[held_out].append(calls)
-      wanted[held_out] -= calls[0][0].query.shape[0]
+      if wanted[held_out] > 0:
+        calls = _unstack(self._record(batch))
+        _check_calls(self.layers, calls)
+        kept[held_out].append(calls)
+        wanted[held_out] -= calls[0][0].query.shape[0]
+      # A stream is asked for no batch beyond.
+      if max(wanted.values()) <= 0:
+        break
     if not kept[True]:
       raise ValueError(
         "batches holds a single batch: expected at least two, one of them to measure on"
       )
+    if not any(map(_has_valid, kept[True])):
+      raise ValueError(_NOTHING_HELD_OUT)
     return kept[False], kept[True]
 
 
-def _shapes_seen(record: Callable[[Any], Calls], batch: Any) -> Calls:
+_NOTHING_HELD_OUT = (
+  "batches: those held out (every fifth, from the second on) hold padding alone: "
+  "expected valid tokens to measure on"
+)
+
+
+def _has_valid(calls: Calls) -> bool:
+  """Whether every layer sees a valid query in a batch."""
+  return all(
+    any(call.query_mask is None or bool(call.query_mask.any()) for call in of_layer)
+    for of_layer in calls
+  )
+
+
+def _shapes_seen(
+  record: Callable[[Any], Calls],
+  model: nnx.Module,
+  batch: Any,
+  call: Callable[[nnx.Module, Any], Any],
+) -> Calls:
+  check_batch(batch)
   try:
-    return jax.eval_shape(record, batch)
-  except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+    return shapes_with_every_call_heard(record, batch)
+  # A model may raise anything.
+  except Exception as error:
+    check_runs(model, batch, call)
+    # Of this package, about one layer.
+    if type(error) is ValueError:
+      raise
     raise ValueError(
       "the model could not be run with its Sinkhorn attention under observation: "
-      f"{error}. If it runs without (try call(model, batch)), the attention sits in a "
-      "transformation that shares it, such as nnx.vmap with its axis None; nnx.jit, "
-      "nnx.remat and nnx.scan over stacked layers can be compiled"
+      f"{error}. The attention sits in a transformation that shares it, such as "
+      "jax.vmap, or nnx.vmap with its axis None; nnx.jit, nnx.remat and nnx.scan over "
+      "stacked layers can be compiled, and attention takes batch axes without vmap"
     ) from error
 
 
-def _layers(sites: list[Site], seen: Calls) -> list[Layer]:
+def _nothing_found(model: nnx.Module, unreplaced: tuple[str, ...]) -> str:
+  kinds = AsapAttention, CandidateAttention, Replacement
+  if any(find_held(model, kind) for kind in kinds):
+    return "model holds no Sinkhorn attention, for it is compiled already"
+  if unreplaced:
+    return (
+      "model holds no Sinkhorn attention that can be replaced, but calls it in "
+      f"{'; '.join(unreplaced)}: {ADVICE}"
+    )
+  return (
+    "model holds no Sinkhorn attention, and calls none on the first batch: expected a "
+    "module with an attribute that is sinkhorn_attention or "
+    "functools.partial(sinkhorn_attention, ...)"
+  )
+
+
+def _layers(sites: list[Site], seen: Calls, unreplaced: tuple[str, ...]) -> list[Layer]:
   layers = []
   for site, calls in zip(sites, seen, strict=True):
     if not calls:
       raise ValueError(
         f"{site.name}: no call of this attention was seen on a calibration batch; pass "
         "call=, or batches that reach it; a model that splits and merges its modules "
-        "inside a JAX transformation hides the calls"
+        "inside a JAX transformation hides the calls; leave= passes over it"
+        + (f". Calls of others were: {'; '.join(unreplaced)}" if unreplaced else "")
       )
     *stack, _, heads, _, dim = calls[0].query.shape
     if len(stack) > 1:
@@ -172,10 +265,16 @@ def _unstack(calls: Calls) -> Calls:
 def _check_calls(layers: list[Layer], calls: Calls) -> None:
   for layer, of_layer in zip(layers, calls, strict=True):
     for activation in of_layer:
-      if not _is_finite(activation):
+      if not _is_finite((activation.query, activation.key)):
         raise ValueError(
-          f"{layer.name}: queries, keys or bias are not finite on a calibration batch: "
-          "the teacher overflows there"
+          f"{layer.name}: queries or keys are not finite on a calibration batch: the "
+          "teacher overflows there"
+        )
+      if not _is_finite(activation.bias):
+        raise ValueError(
+          f"{layer.name}: bias is not finite on a calibration batch, at valid queries "
+          "and keys; for padding pass mask=nnx.make_attention_mask(query_valid, "
+          "key_valid), and the bias may hold anything there"
         )
       if activation.is_product is not None and not activation.is_product:
         raise ValueError(
@@ -186,6 +285,5 @@ def _check_calls(layers: list[Layer], calls: Calls) -> None:
 
 
 @jax.jit
-def _is_finite(activation: Activation) -> jax.Array:
-  parts = jax.tree.leaves((activation.query, activation.key, activation.bias))
-  return jnp.array([jnp.isfinite(part).all() for part in parts]).all()
+def _is_finite(arrays: Any) -> jax.Array:
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]).all()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 TEACHER = "teacher"
@@ -129,6 +130,8 @@ class Report:
     target_tv: that operators were chosen by; `None` for a fixed operator.
     seconds: wall time of the whole compilation.
     device: that was measured on, as JAX calls its kind.
+    unreplaced: Sinkhorn attention that the model calls but holds where it cannot be
+      replaced, by module, function and line: it stays as it was.
   """
 
   layers: tuple[LayerReport, ...]
@@ -136,6 +139,7 @@ class Report:
   target_tv: float | None
   seconds: float
   device: str = dataclasses.field(default_factory=device_kind)
+  unreplaced: tuple[str, ...] = ()
 
   @property
   def headline(self) -> str:
@@ -168,8 +172,9 @@ class Report:
       columns = [layer.r2, layer.tv, layer.kl, layer.column_error]
       columns.append(layer.teacher_column_error)
       for head, values in enumerate(zip(*columns, strict=True)):
-        first = (layer.name, times, layer.chosen) if head == 0 else ("", "", "")
-        figures = (f"{value:.4f}" for value in values)
+        first = (escape(layer.name), times, layer.chosen) if head == 0 else ("", "", "")
+        # Iterations predict no dual, and have no R2.
+        figures = ("-" if np.isnan(value) else f"{value:.4f}" for value in values)
         table.add_row(first[0], str(head), *figures, first[1], *first[2:][:mixed])
       table.add_section()
     stream = io.StringIO()
@@ -185,6 +190,9 @@ class Report:
       for line in _remarks(layer, self.target_tv):
         # Paths may hold brackets, which are markup otherwise.
         console.print(line, markup=False, highlight=False)
+    for name in self.unreplaced:
+      line = f"Not compiled, for no module holds its function: {name}."
+      console.print(line, markup=False, highlight=False)
     return stream.getvalue().rstrip("\n")
 
   def plot(self, axes: Sequence[Any] | np.ndarray | None = None) -> np.ndarray:

@@ -327,7 +327,12 @@ def _blank(saved: dict[str, Any], options: dict[str, Any]) -> Sinkhorn | AsapAtt
 
 
 def _describe_options(options: dict[str, Any]) -> dict[str, str]:
-  return {name: repr(value) for name, value in sorted(options.items())}
+  # Arrays are bound by the architecture, and are no names.
+  return {
+    name: repr(value)
+    for name, value in sorted(options.items())
+    if not isinstance(value, jax.Array | np.ndarray)
+  }
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -1,23 +1,23 @@
-"""Finding Sinkhorn attention in an NNX model, recording it, replacing it."""
+"""Finding Sinkhorn attention in an NNX model, and replacing it.
 
+A model may hold an attention function as an attribute of a module or of its class, bare
+or in dictionaries, lists and tuples, and under `jax.jit`.
+"""
+
+import copy
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from asap_jax.attention.functions import sinkhorn_attention
-from asap_jax.attention.inputs import Activation, Inputs
-from asap_jax.attention.signature import inputs_of
 from asap_jax.compiler.operators import Sinkhorn, bound_arguments, sinkhorn_of
 
-Place = tuple[tuple[str | int, ...], str]  # path of a module, and its attribute
+# Path of a module, or of a container that a module holds, and attribute or key there.
+Place = tuple[tuple[str | int, ...], str | int]
 Held = TypeVar("Held")
-
-_SIGNATURE = inspect.signature(sinkhorn_attention)
 
 
 class Replacement(functools.partial):
@@ -32,15 +32,16 @@ class Site(NamedTuple):
   """A Sinkhorn attention function held by a module of a model.
 
   Attributes:
-    path: of the module in the model.
-    attribute: of the module that holds the function.
-    function: what it holds: `sinkhorn_attention` or a partial of it.
+    path: of the module in the model, or of a container in the module.
+    attribute: of the module, or key of the container, that holds the function.
+    function: what it holds: `sinkhorn_attention` or a partial of it, under `jax.jit` or
+      not.
     teacher: the operator of its own bound arguments.
     options: its other bound arguments, such as `epsilon`.
   """
 
   path: tuple[str | int, ...]
-  attribute: str
+  attribute: str | int
   function: Callable[..., jax.Array]
   teacher: Sinkhorn
   options: dict[str, Any]
@@ -54,67 +55,42 @@ class Site(NamedTuple):
   def name(self) -> str:
     """Path, and attribute unless it is Flax's `attention_fn`, in one word."""
     attribute = () if self.attribute == "attention_fn" else (self.attribute,)
-    return ".".join(map(str, (*self.path, *attribute))) or self.attribute
-
-
-class _Calls(nnx.Variable):
-  """Activations of the calls of one forward pass."""
-
-
-class _Recorder(nnx.Module):
-  """Calls an attention function and keeps what it saw."""
-
-  calls: _Calls
-
-  def __init__(self, function: Callable[..., jax.Array], options: dict[str, Any]):
-    self.function = function
-    self.options = tuple(options.items())
-
-  def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-    call = _SIGNATURE.bind(*args, **(dict(self.options) | kwargs))
-    call.apply_defaults()
-    inputs = inputs_of(call.arguments)
-    earlier = self.calls.get_value() if hasattr(self, "calls") else ()
-    self.calls = _Calls((*earlier, _flatten_batch(inputs)))
-    return self.function(*args, **kwargs)
+    return ".".join(map(str, (*self.path, *attribute))) or str(self.attribute)
 
 
 def find_sinkhorn(model: nnx.Module) -> list[Site]:
-  """All attributes, at any depth, that are `sinkhorn_attention` or a partial of it.
+  """All Sinkhorn attention functions that a model holds, at any depth.
 
   Half an iteration (`iterations=0`) is one softmax, and is left out.
 
   A module that occurs several times in the model is listed once, where it is met first.
   """
   sites = []
-  for path, module in nnx.iter_modules(model):
-    for attribute, held in vars(module).items():
-      bound = bound_arguments(held, sinkhorn_attention)
-      if bound is None:
-        continue
-      teacher = sinkhorn_of(bound)
-      where: tuple[Any, ...] = tuple(path)
-      # Without an iteration there is nothing to save.
-      if teacher.iterations > 0:
-        sites.append(Site(where, attribute, held, teacher, bound))
+  for (path, attribute), held in _everything_held(model):
+    bound = bound_arguments(held, sinkhorn_attention)
+    if bound is None:
+      continue
+    teacher = sinkhorn_of(bound)
+    # Without an iteration there is nothing to save.
+    if teacher.iterations > 0:
+      sites.append(Site(path, attribute, held, teacher, bound))
   return sorted(sites, key=lambda site: [(isinstance(p, str), p) for p in site.path])
 
 
 def find_held(model: nnx.Module, kind: type[Held]) -> dict[Place, Held]:
-  """All attributes of a kind, at any depth, by path of the module and attribute."""
-  found = {}
-  for path, module in nnx.iter_modules(model):
-    where: tuple[Any, ...] = tuple(path)
-    for attribute, held in vars(module).items():
-      if isinstance(held, kind):
-        found[where, attribute] = held
-  return found
+  """Everything of a kind that a model holds, at any depth, by its place."""
+  return {
+    place: held for place, held in _everything_held(model) if isinstance(held, kind)
+  }
 
 
 def held_at(model: nnx.Module, site: Site) -> Any:
   """What a model, compiled or not, holds at a site of its teacher."""
-  modules = {tuple(path): module for path, module in nnx.iter_modules(model)}
-  return getattr(modules[site.path], site.attribute)
+  module, (attribute, *keys) = _owner(_modules(model), (site.path, site.attribute))
+  held = getattr(module, str(attribute))
+  for key in keys:
+    held = held[key]
+  return held
 
 
 def replace_sites(
@@ -130,66 +106,85 @@ def replace_sites(
 def replace_held(
   model: nnx.Module, functions: Mapping[Place, Callable[..., jax.Array]]
 ) -> nnx.Module:
-  """The same by paths of modules and attributes."""
-  copy = nnx.clone(model)
-  modules = {tuple(path): module for path, module in nnx.iter_modules(copy)}
-  for (path, attribute), function in functions.items():
+  """The same by places."""
+  copied = nnx.clone(model)
+  modules = _modules(copied)
+  for place, function in functions.items():
+    module, (attribute, *keys) = _owner(modules, place)
     # What is there may be of the other kind, and an attribute keeps its kind.
-    kind = nnx.data if isinstance(function, nnx.Module) else nnx.static
-    held = kind(function)
-    setattr(modules[path], attribute, held)
-  return copy
+    kind = nnx.data if keys or isinstance(function, nnx.Module) else nnx.static
+    held = _with(getattr(module, str(attribute)), keys, function) if keys else function
+    setattr(module, str(attribute), kind(held))
+  return copied
 
 
-def recorder(
-  model: nnx.Module,
-  sites: Sequence[Site],
-  call: Callable[[nnx.Module, Any], Any],
-) -> Callable[[Any], list[tuple[Activation, ...]]]:
-  """A jitted function of a batch: the activations at each site, one per call of it.
-
-  The model runs as it stands, in evaluation mode (no dropout); it is not changed.
-  """
-  listening = replace_sites(
-    # The plan is the same in the scaling domain, and the forward pass faster.
-    model,
-    sites,
-    [
-      _Recorder(functools.partial(site.function, implementation="xla"), site.options)
-      for site in sites
-    ],
-  )
-  listening.eval()
-  graph, state = nnx.split(listening)
-
-  @jax.jit
-  def record(state, batch):
-    running = nnx.merge(graph, state)
-    call(running, batch)
-    listeners = [held_at(running, site) for site in sites]
-    return [
-      listener.calls.get_value() if hasattr(listener, "calls") else ()
-      for listener in listeners
-    ]
-
-  return functools.partial(record, state)
+def _modules(model: nnx.Module) -> dict[tuple[str | int, ...], nnx.Module]:
+  modules = {}
+  for path, module in nnx.iter_modules(model):
+    where: tuple[Any, ...] = tuple(path)
+    modules[where] = module
+  return modules
 
 
-def _flatten_batch(inputs: Inputs) -> Activation:
-  batch = inputs.query.shape[:-3]
+def _everything_held(model: nnx.Module) -> Iterator[tuple[Place, Any]]:
+  """Attributes of all modules and entries of containers in them, but no modules."""
+  for path, module in _modules(model).items():
+    for attribute, held in _attributes(module).items():
+      yield from _within(path, attribute, held)
 
-  def flatten(array: jax.Array, *inner: int) -> jax.Array:
-    return jnp.broadcast_to(array, (*batch, *inner)).reshape(-1, *inner)
 
-  def flatten_mask(mask: jax.Array | None) -> jax.Array | None:
-    return None if mask is None else flatten(mask, *mask.shape[-2:])
+def _attributes(module: nnx.Module) -> dict[str, Any]:
+  """A module's own, and those of its class that are no methods."""
+  of_class: dict[str, Any] = {}
+  for base in reversed(type(module).__mro__):
+    of_class |= vars(base)
+  found = {
+    name: held.__func__ if isinstance(held, staticmethod) else held
+    for name, held in of_class.items()
+    # A plain function is a method, and is called with the module.
+    if isinstance(held, staticmethod | functools.partial | dict | list | tuple)
+    and not name.startswith("__")
+  }
+  # Flax keeps its own books there.
+  return found | {k: v for k, v in vars(module).items() if not k.startswith("_pytree_")}
 
-  shape = (*inputs.query.shape[-3:-1], inputs.key.shape[-2])
-  return Activation(
-    query=flatten(inputs.query, *inputs.query.shape[-3:]),
-    key=flatten(inputs.key, *inputs.key.shape[-3:]),
-    bias=None if inputs.bias is None else flatten(inputs.bias, *shape),
-    query_mask=flatten_mask(inputs.query_mask),
-    key_mask=flatten_mask(inputs.key_mask),
-    is_product=None if inputs.is_product is None else inputs.is_product.all(),
-  )
+
+def _within(
+  path: tuple[str | int, ...], attribute: str | int, held: Any
+) -> Iterator[tuple[Place, Any]]:
+  yield (path, attribute), held
+  items: Any = ()
+  if isinstance(held, dict):
+    items = held.items()
+  elif isinstance(held, list | tuple):
+    items = enumerate(held)
+  for key, inner in items:
+    if isinstance(key, str | int):
+      yield from _within((*path, attribute), key, inner)
+
+
+def _owner(
+  modules: Mapping[tuple[str | int, ...], nnx.Module], place: Place
+) -> tuple[nnx.Module, tuple[str | int, ...]]:
+  """The module that holds a place, and the attribute and keys that lead on from it."""
+  path, attribute = place
+  keys: tuple[str | int, ...] = (attribute,)
+  while path not in modules:
+    *above, last = path
+    path, keys = tuple(above), (last, *keys)
+  return modules[path], keys
+
+
+def _with(container: Any, keys: Sequence[str | int], value: Any) -> Any:
+  """A copy of nested containers with another value at one place."""
+  if not keys:
+    return value
+  key, *inner = keys
+  if isinstance(container, tuple):
+    items = list(container)
+    items[int(key)] = _with(items[int(key)], inner, value)
+    # A named tuple takes its fields one by one.
+    return container._make(items) if hasattr(container, "_make") else tuple(items)
+  copied = copy.copy(container)
+  copied[key] = _with(container[key], inner, value)
+  return copied

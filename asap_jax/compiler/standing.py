@@ -62,7 +62,21 @@ def best(
     target_tv: see `asap_jax.compile`.
     seed: of networks.
     every: whether to fit also what could not be the fastest here.
+
+  Raises:
+    ValueError: if all are to be kept where the model binds arrays.
   """
+  for site in teacher.sites if every else ():
+    arrays = [
+      name
+      for name, value in site.options.items()
+      if isinstance(value, jax.Array | np.ndarray)
+    ]
+    if arrays:
+      raise ValueError(
+        f"{site.name} binds arrays ({', '.join(arrays)}), which candidates cannot "
+        "keep: expected keep_candidates=False, or arrays that are passed in the call"
+      )
   return _chosen(
     teacher, seed, lambda site, layers: select(layers, target_tv, every=every)
   )

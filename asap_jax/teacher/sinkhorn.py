@@ -72,8 +72,9 @@ def sinkhorn_duals(
     logits = jnp.where(pairs, logits, 0.0)
   a, b = normalised(query_weights, n), normalised(key_weights, m)
   f = jnp.zeros((n,), dtype) if init is None else init.astype(dtype)
-  f, a = (jnp.broadcast_to(array, (*batch, n)) for array in (f, a))
-  b = jnp.broadcast_to(b, (*batch, m))
+  # Masses are float32 where logits may be float64, and OTT-JAX promotes nothing.
+  f, a = (jnp.broadcast_to(array.astype(dtype), (*batch, n)) for array in (f, a))
+  b = jnp.broadcast_to(b.astype(dtype), (*batch, m))
 
   f, g = _iterate(iterations, logits, a, b, f)
   # OTT's plan sums to one, ours to the number of valid queries.

@@ -17,11 +17,11 @@ from asap_jax.compiler.fidelity import (
   plan_of,
 )
 from asap_jax.compiler.operators import Operator, Sinkhorn, Softmax, operator_of
+from asap_jax.compiler.recorder import recorder
 from asap_jax.compiler.sites import (
   Replacement,
   find_sinkhorn,
   held_at,
-  recorder,
   replace_sites,
 )
 from experiments.common.timing import time_interleaved

@@ -13,7 +13,8 @@ from flax import nnx
 import asap_jax
 from asap_jax import metrics
 from asap_jax.c_transform import closure, plan
-from asap_jax.compiler.sites import find_sinkhorn, recorder
+from asap_jax.compiler.recorder import recorder
+from asap_jax.compiler.sites import find_sinkhorn
 from asap_jax.plotting import plot_scaling, subplots
 from asap_jax.teacher.starts import Start, starting_dual
 from experiments.common.replacements import call_model

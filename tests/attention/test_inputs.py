@@ -254,3 +254,91 @@ def test_inside_linen_attention_dropout_arrives(attend):
 def test_mask_of_queries_alone_is_refused_when_lengths_agree(attend):
   with pytest.raises(ValueError, match=r"one side alone.*make_attention_mask"):
     attend(KEY, KEY, VALUE, mask=KEY_VALID[:, None, :, None])
+
+
+@pytest.mark.parametrize(
+  "shape", [(3, 1, N, M), (BATCH, 3, N, M), (BATCH, 1, N, 2), (1, BATCH, 1, N, M)]
+)
+@pytest.mark.parametrize("name", ["mask", "bias"])
+@everyone
+def test_masks_and_biases_that_do_not_broadcast_are_refused(attend, name, shape):
+  given = {name: jnp.ones(shape, bool if name == "mask" else jnp.float32)}
+  with pytest.raises(ValueError, match=rf"{name} has shape .*expected"):
+    attend(QUERY, KEY, VALUE, **given)
+
+
+@everyone
+def test_what_is_to_be_added_is_no_mask(attend):
+  additive = jnp.where(KEY_VALID, 0.0, -1e9)[:, None, None, :]
+  with pytest.raises(ValueError, match=r"mask of dtype float32 .*passed as bias"):
+    attend(QUERY, KEY, VALUE, mask=additive)
+  ones = KEY_VALID[:, None, None, :].astype(jnp.float32)
+  np.testing.assert_array_equal(
+    run(attend, QUERY, KEY, VALUE, mask=ones > 0),
+    attend(QUERY, KEY, VALUE, mask=ones),
+  )
+
+
+@everyone
+def test_rates_of_dropout_are_shares(attend):
+  tokens, rng = (QUERY, KEY, VALUE), jax.random.key(0)
+  for rate in (-0.5, 1.5, float("nan")):
+    with pytest.raises(ValueError, match=r"dropout_rate=.*from 0 to 1"):
+      attend(*tokens, dropout_rate=rate, dropout_rng=rng)
+
+  def total(query):
+    return attend(query, *tokens[1:], dropout_rate=1.0, dropout_rng=rng).sum()
+
+  value, slope = jax.value_and_grad(total)(QUERY)
+  assert value == 0
+  np.testing.assert_array_equal(slope, 0)
+
+
+@everyone
+def test_integers_are_promoted(attend):
+  integers = [(3 * x).astype(jnp.int32) for x in (QUERY, KEY, VALUE)]
+  expected = run(attend, *(x.astype(jnp.float32) for x in integers))
+  actual = run(attend, *integers)
+  assert actual.dtype == jnp.float32
+  np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+@everyone
+def test_a_traced_epsilon_has_a_gradient(attend):
+  def total(epsilon):
+    return (attend(QUERY, KEY, VALUE, epsilon=epsilon) ** 2).sum()
+
+  slope = jax.jit(jax.grad(total))(0.7)
+  high, low = (jax.jit(total)(0.7 + step) for step in (0.01, -0.01))
+  np.testing.assert_allclose(slope, (high - low) / 0.02, rtol=1e-2)
+  with pytest.raises(ValueError, match=r"epsilon=nan.*positive"):
+    total(float("nan"))
+
+
+@pytest.mark.parametrize("implementation", [None, "ott", "xla", "chunked"])
+def test_double_precision_is_kept(implementation):
+  with jax.enable_x64(True):
+    query, key, value = (
+      jnp.asarray(np.random.default_rng(i).normal(size=(1, N, HEADS, DIM)))
+      for i in range(3)
+    )
+    attend = functools.partial(
+      sinkhorn_attention, iterations=3, implementation=implementation
+    )
+    expected, _ = references.attention(query, key, value, 3)
+    actual = attend(query, key, value)
+    assert actual.dtype == jnp.float64
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+    slope = jax.grad(lambda query: (attend(query, key, value) ** 2).sum())(query)
+    assert slope.dtype == jnp.float64
+
+
+@everyone
+def test_nothing_to_attend_to_is_refused_and_a_batch_of_nothing_is_empty(attend):
+  for query, key in (((2, 0), (2, M)), ((2, N), (2, 0))):
+    tokens = (jnp.ones((*shape, HEADS, DIM)) for shape in (query, key, key))
+    with pytest.raises(ValueError, match=r"query .*expected at least one token"):
+      attend(*tokens)
+  empty = (x[:0] for x in (QUERY, KEY, VALUE))
+  mask = jnp.ones((0, 1, N, M), bool)
+  assert attend(*empty, mask=mask).shape == (0, N, HEADS, DIM)

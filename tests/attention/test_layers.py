@@ -64,6 +64,16 @@ def test_twenty_iterations_are_the_default():
   assert np.abs(expected - expected_output(layer, 2 * X, 2 * X, 10)).max() > 2e-4
 
 
+def test_scale_is_bound_where_it_is_given():
+  layer = SinkhornMultiHeadAttention(
+    HEADS, WIDTH, iterations=2, scale=0.3, rngs=nnx.Rngs(0)
+  )
+  expected = expected_output(layer, X, X, 2, scale=0.3)
+  np.testing.assert_allclose(layer(X), expected, atol=5e-5)
+  plain = SinkhornMultiHeadAttention(HEADS, WIDTH, rngs=nnx.Rngs(0))
+  assert "scale" not in plain.attention_fn.keywords
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
@@ -159,6 +169,19 @@ def test_options_are_bound_and_a_call_may_replace_them():
   np.testing.assert_allclose(actual, expected(scale=0.3, epsilon=0.5), atol=5e-5)
   actual = nnx.jit(bound, static_argnames="epsilon")(*inputs, epsilon=1.0)
   np.testing.assert_allclose(actual, expected(scale=0.3), atol=5e-5)
+
+
+def test_arrays_are_bound_as_part_of_the_state():
+  inputs = [normal(BATCH, N, HEADS, DIM) for _ in range(3)]
+  bias = normal(N, N)
+  bound = AsapAttention(DUAL_MAP, {"bias": bias, "epsilon": 0.5})
+  assert bound.options == (("epsilon", 0.5),)
+  options = {"dual_map": DUAL_MAP, "epsilon": 0.5}
+  for held, factor in ((bound, 1.0), (nnx.clone(bound), 3.0)):
+    held.arrays["bias"][...] = factor * bias
+    every = np.broadcast_to(factor * bias, (BATCH, HEADS, N, N))
+    expected, _ = references.attention(*inputs, 1, bias=every, **options)
+    np.testing.assert_allclose(nnx.jit(held)(*inputs), expected, atol=5e-5)
 
 
 def test_dual_map_of_the_module_is_what_it_was_given():

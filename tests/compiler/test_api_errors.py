@@ -68,7 +68,6 @@ def test_mask_that_is_no_product_is_refused(model):
   ("options", "message"),
   [
     ({"slices": 0}, "slices=0: expected at least 1"),
-    ({"slices": 9}, "slices=9: heads of dimension 8.*orthogonal"),
     ({"features": ("sorted",)}, "expected some of"),
     ({"ridge": 0.0}, "ridge=0.*positive"),
   ],

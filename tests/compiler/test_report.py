@@ -141,6 +141,14 @@ def test_iterations_of_a_cut_are_read_from_its_label(label, cut):
   assert Alternative(label, 0.1, 1.0).cut == cut
 
 
+def test_iterations_have_no_share_of_a_dual_that_they_predict():
+  cut = dataclasses.replace(layer(chosen="sinkhorn@3"), r2=np.full(2, np.nan))
+  text = str(report(cut))
+  assert "nan" not in text
+  row = next(line for line in text.splitlines() if "layers[a]" in line)
+  assert row.split("│")[3].strip() == "-"
+
+
 def test_reports_are_drawn_by_their_own_method():
   (axes,) = report(layer(alternatives=ALTERNATIVES), layer("bare")).plot()
   assert axes.get_title() == "layers[a].attention"

@@ -9,7 +9,8 @@ from helpers import models, references
 
 from asap_jax import SinkhornMultiHeadAttention, sinkhorn_attention, softmax_attention
 from asap_jax.compiler.operators import Sinkhorn
-from asap_jax.compiler.sites import find_sinkhorn, recorder, replace_sites
+from asap_jax.compiler.recorder import recorder
+from asap_jax.compiler.sites import find_sinkhorn, replace_sites
 
 BATCH, N, HEADS, WIDTH = 3, 6, models.HEADS, models.WIDTH
 DIM = WIDTH // HEADS

@@ -14,7 +14,8 @@ from asap_jax import AsapAttention, SinkhornMultiHeadAttention, sinkhorn_attenti
 from asap_jax.compiler import measuring
 from asap_jax.compiler.fitting.samples import sample_of
 from asap_jax.compiler.operators import Asap, Sinkhorn
-from asap_jax.compiler.sites import find_sinkhorn, recorder
+from asap_jax.compiler.recorder import recorder
+from asap_jax.compiler.sites import find_sinkhorn
 from asap_jax.teacher.starts import starting_dual
 from experiments.common import replacements
 

@@ -54,7 +54,8 @@ def predicted_values(
   """
   products = seen.products
   dual = linear_dual(dual_map, seen.query, seen.key, *seen.masks, products=products)
-  logits = products if seen.bias is None else products + seen.bias
+  bias = seen.bias_of_pairs
+  logits = products if bias is None else products + bias
   return closed_values(
     logits, dual, value, dual_map.closures, *seen.masks, precision, **dual_map.steps
   )

@@ -1,5 +1,6 @@
 """Directions of every layer of a teacher, as they are drawn at first."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,12 +22,11 @@ def draw_directions(
   """Directions `[heads, slices, dim]` of each layer.
 
   `"principal"` reads the batches once: it takes the leading eigenvectors of the second
-  moments of centred queries and keys, each scaled to trace one, added up. The others
-  are random, by `seed`.
+  moments of centred queries and keys, each scaled to trace one, added up, and no more
+  than there are, with a warning. The others are random, by `seed`.
 
   Raises:
-    ValueError: if `slices` is below one, or above a layer's head dimension for
-      `"principal"`, or `kind` is unknown.
+    ValueError: if `slices` is below one, or `kind` is unknown.
   """
   if slices < 1:
     raise ValueError(f"slices={slices}: expected at least 1")
@@ -47,22 +47,28 @@ def draw_directions(
 def principal_directions(calls: Sequence[Activation], slices: int) -> jax.Array:
   """Principal directions of one layer, as those of `draw_directions`."""
   moments = sum(map(_second_moments, calls))
-  return slicing.principal(_balanced(jnp.asarray(moments)), slices)
+  balanced = _balanced(jnp.asarray(moments))
+  return slicing.principal(balanced, min(slices, balanced.shape[-1]))
 
 
 def _principal(teacher: Observer, slices: int) -> list[jax.Array]:
-  smallest = min(layer.dim for layer in teacher.layers)
-  if slices > smallest:
-    raise ValueError(
-      f"slices={slices}: heads of dimension {smallest} have no more principal "
-      "directions; pass directions='orthogonal' for more slices"
-    )
   total = None
   for calls in teacher.activations("Drawing directions"):
     batch = [sum(map(_second_moments, of_layer)) for of_layer in calls]
     total = batch if total is None else jax.tree.map(jnp.add, total, batch)
   assert total is not None  # the first batch is never held out
-  return [slicing.principal(_balanced(moments), slices) for moments in total]
+  for layer in teacher.layers:
+    if slices > layer.dim:
+      warnings.warn(
+        f"{layer.name}: slices={slices}, but heads of dimension {layer.dim} have no "
+        f"more principal directions: {layer.dim} are taken. Pass slices={layer.dim}, "
+        "or directions='orthogonal' for more of them",
+        stacklevel=2,
+      )
+  return [
+    slicing.principal(_balanced(moments), min(slices, layer.dim))
+    for layer, moments in zip(teacher.layers, total, strict=True)
+  ]
 
 
 @jax.jit
