@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.attention.implementations import sweeps
+from asap_jax.attention.implementations import sweeps, sweeps_back
 from asap_jax.attention.implementations.blocks import block_size, by_blocks
 from asap_jax.attention.implementations.sweeps import Problem, in_chunks, joined
 from asap_jax.c_transform.entropic import Duals, check_closures, marginals
@@ -103,7 +103,7 @@ def _attend_backward(options, residuals, out_bar):
     iterates = iterates._replace(f=_by_iteration(in_chunks, iterates.f, chunk))
     duals = Duals(in_chunks(f, chunk, axis=-1), g)
     out, out_bar = (in_chunks(x.astype(dtype), chunk, axis=-2) for x in (out, out_bar))
-    bars = sweeps.cotangents(
+    bars = sweeps_back.cotangents(
       _problem(chunk, query, key, a, b),
       value.astype(dtype),
       sweeps.Swept(out, duals, iterates),
