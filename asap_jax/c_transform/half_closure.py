@@ -6,7 +6,7 @@ absorbed into its kernel.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jaxtyping import Array
 from asap_jax.c_transform.entropic import LOG_ZERO, column_sums, row_sums
 from asap_jax.masses import Masses, Side, zero_invalid
 from asap_jax.numerics import exact_einsum, float_dtype
+
+T = TypeVar("T")  # a pytree of arrays
 
 # Entries of the kernel below the smallest normal number are lost; together they may be
 # this share of a sum.
@@ -27,12 +29,21 @@ _LOG_LARGEST = 69.08
 
 
 class ScaledSide(NamedTuple):
-  """Of one side: scaling, dual, the part of the dual in the kernel, and marginal."""
+  """One side of a plan in factors.
+
+  Attributes:
+    scaling: of the kernel's rows or columns.
+    dual: in units of logits.
+    absorbed: the part of the dual that is in the kernel.
+    marginal: what the plan is to sum to.
+    in_range: whether all sums so far were, where nothing looks after that.
+  """
 
   scaling: Array
   dual: Array
   absorbed: Array
   marginal: Array
+  in_range: Array
 
   def moved_to(self, dual: Array) -> "ScaledSide":
     """The same with another dual, in the kernel as it is."""
@@ -67,6 +78,8 @@ def begin(
   query_weights: Masses,
   key_weights: Masses,
   side: Side = "query",
+  *,
+  guarded: bool,
 ) -> tuple[Begun, Half]:
   """The first half of a closure of `dual`, that of `side`; and what does all others.
 
@@ -76,6 +89,7 @@ def begin(
     query_weights: `None`, mask or masses `[..., n]`.
     key_weights: the same of the keys, `[..., m]`.
     side: whose dual it is.
+    guarded: whether sums are kept in range; else `in_range` tells whether they were.
   """
   n, m = logits.shape[-2:]
   dtype = float_dtype(logits, dual)
@@ -99,19 +113,48 @@ def begin(
   )
   kernel, totals, absorbed = _absorb(logits, dual, absent, axis)
   one = jnp.broadcast_to((sums[own] > 0).astype(dtype), dual.shape)
-  given = ScaledSide(one, dual, dual, sums[own])
+  given = ScaledSide(one, dual, dual, sums[own], jnp.ones((), bool))
   fitted = _fitted(totals, absorbed, sums[other])
   both = (given, fitted) if side == "query" else (fitted, given)
-  return Begun(kernel, *both), functools.partial(_half, logits, absent)
+  return Begun(kernel, *both), functools.partial(_half, logits, absent, guarded)
 
 
-def _half(logits, absent, kernel, here, there, *, axis):
+def fast_first(run: Callable[..., tuple[T, Array]], *arguments: Any) -> T:
+  """The first of what `run(guarded, *arguments)` gives, however the sums turn out.
+
+  A guard that looks at every sum waits for it, which costs nothing on a CPU; elsewhere
+  the host asks the device, and that takes longer than the sum. There all is run without
+  it, and once more with it where a sum left its range: one look.
+
+  Args:
+    run: returns a result, and whether all sums were in range; guarded they are.
+    *arguments: pytrees of arrays.
+  """
+
+  def look_once(*arguments):
+    return jax.lax.while_loop(
+      lambda found: ~found[1],
+      lambda _: run(True, *arguments),
+      run(False, *arguments),
+    )[0]
+
+  return jax.lax.platform_dependent(
+    *arguments, cpu=lambda *given: run(True, *given)[0], default=look_once
+  )
+
+
+def _half(logits, absent, guarded, kernel, here, there, *, axis):
   """Half a closure: fits the scaling of `there` to sums over `axis`, those of `here`.
 
   Returns the kernel and both sides; the kernel and `here` change where the sums leave
   their range.
   """
   sums = _contract(kernel, here.scaling, axis)
+  kept = sums_in_range(sums, here.scaling, there.marginal, kernel.shape[axis])
+  if not guarded:
+    fitted = _fitted(sums, there.absorbed, there.marginal)
+    kept = kept & here.in_range & there.in_range
+    return kernel, here, fitted._replace(in_range=kept)
 
   def absorb(_):
     # All of the dual goes into the kernel, so that the scaling is one.
@@ -121,7 +164,6 @@ def _half(logits, absent, kernel, here, there, *, axis):
 
   # A loop of no or one turn copies no kernel, as a branch would; and under vmap a
   # branch would always be taken.
-  kept = sums_in_range(sums, here.scaling, there.marginal, kernel.shape[axis])
   kernel, sums, scaling, own, opposite, _ = jax.lax.while_loop(
     lambda carry: ~carry[-1],
     absorb,
@@ -135,7 +177,8 @@ def _fitted(sums: Array, absorbed: Array, marginal: Array) -> ScaledSide:
   """A side whose scaling gives the plan its marginal there."""
   scaling = marginal / jnp.where(sums == 0, 1.0, sums)
   dual = absorbed + jnp.log(jnp.where(scaling == 0, 1.0, scaling))
-  return ScaledSide(scaling, jnp.where(marginal > 0, dual, 0.0), absorbed, marginal)
+  dual = jnp.where(marginal > 0, dual, 0.0)
+  return ScaledSide(scaling, dual, absorbed, marginal, jnp.ones((), bool))
 
 
 def _absorb(logits, dual, absent, axis):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from asap_jax.c_transform.entropic import Duals, check_closures, closure
-from asap_jax.c_transform.half_closure import begin
+from asap_jax.c_transform.half_closure import begin, fast_first
 from asap_jax.c_transform.scaling_domain import ScaledPlan, in_log_domain
 from asap_jax.masses import Masses, zero_invalid
 
@@ -79,8 +79,12 @@ def column_shift(before: Array, after: Array, columns: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _iterates(count, tolerance, logits, f, query_weights, key_weights):
-  (kernel, queries, keys), half = begin(logits, f, query_weights, key_weights)
+def _iterates(count, tolerance, *arguments):
+  return fast_first(functools.partial(_run, count, tolerance), *arguments)
+
+
+def _run(count, tolerance, guarded, logits, f, *weights):
+  (kernel, queries, keys), half = begin(logits, f, *weights, guarded=guarded)
   first = Iterates(queries.dual, keys.dual)
   kernel, keys, queries = half(kernel, keys, queries, axis=-1)
 
@@ -111,7 +115,8 @@ def _iterates(count, tolerance, logits, f, query_weights, key_weights):
   kernel, queries, keys, _ = carry
   iterates = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, later)
   duals = Duals(queries.dual, keys.dual)
-  return ScaledPlan(kernel, queries.scaling, keys.scaling, duals), iterates
+  found = ScaledPlan(kernel, queries.scaling, keys.scaling, duals)
+  return (found, iterates), queries.in_range
 
 
 def _in_log_domain(count, active, logits, f, *weights):

@@ -29,7 +29,7 @@ from asap_jax.c_transform.entropic import (
   closures,
   plan,
 )
-from asap_jax.c_transform.half_closure import begin
+from asap_jax.c_transform.half_closure import begin, fast_first
 from asap_jax.masses import Masses, Side, valid_pairs, zero_invalid
 from asap_jax.numerics import float_dtype
 
@@ -142,7 +142,14 @@ def _scaled_plan(
   relaxation: Array | None,
   momentum: Array | None,
 ) -> ScaledPlan:
-  (kernel, queries, keys), half = begin(logits, dual, query_weights, key_weights, side)
+  arguments = logits, dual, query_weights, key_weights, relaxation, momentum
+  return fast_first(functools.partial(_closed, count, side), *arguments)
+
+
+def _closed(count, side, guarded, logits, dual, *rest):
+  *weights, relaxation, momentum = rest
+  options: dict[str, Any] = {"side": side, "guarded": guarded}
+  (kernel, queries, keys), half = begin(logits, dual, *weights, **options)
   if side == "query":
     f = queries.dual
     kernel, keys, queries = half(kernel, keys, queries, axis=-1)
@@ -168,7 +175,8 @@ def _scaled_plan(
       step, carry, factors, length=count - 1
     )
   duals = Duals(queries.dual, keys.dual)
-  return ScaledPlan(kernel, queries.scaling, keys.scaling, duals)
+  found = ScaledPlan(kernel, queries.scaling, keys.scaling, duals)
+  return found, queries.in_range
 
 
 @_scaled_plan.defjvp
