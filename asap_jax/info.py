@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import asap_jax
-from asap_jax.attention.implementations.dispatch import Implementation, choose
+from asap_jax.attention.implementations.choice import Implementation, choose
 
 PACKAGES = (
   *("jax", "jaxlib", "flax", "optax", "ott-jax", "chex", "orbax-checkpoint"),

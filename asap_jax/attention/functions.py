@@ -11,12 +11,12 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from asap_jax.attention.implementations.dispatch import (
-  ClosedPlan,
+from asap_jax.attention.implementations.choice import (
   Implementation,
   choose_for,
   keeps_iterates,
 )
+from asap_jax.attention.implementations.dispatch import ClosedPlan
 from asap_jax.attention.implementations.softmax import SoftmaxPlan
 from asap_jax.attention.inputs import Inputs
 from asap_jax.attention.signature import attention_fn

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -282,11 +283,13 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
     )
 
 
-def _check_mask(mask: Array, inputs: Inputs) -> None:
+def _check_mask(mask: Any, inputs: Inputs) -> None:
   query, key = (jnp.moveaxis(x, -3, -2) for x in (inputs.query, inputs.key))
   _check_broadcast("mask", mask, query, key)
   if mask.dtype == jnp.bool_ or isinstance(mask, jax.core.Tracer):
     return
+  # By NumPy: inside jit JAX would trace what is known here.
+  mask = np.asarray(mask)
   if not ((mask == 0) | (mask == 1)).all():
     raise ValueError(
       f"mask of dtype {mask.dtype} has values from {mask.min()} to {mask.max()}: "

@@ -13,7 +13,7 @@ from asap_jax.attention.functions import (
   check_iterations,
   sinkhorn_attention,
 )
-from asap_jax.attention.implementations.dispatch import Implementation
+from asap_jax.attention.implementations.choice import Implementation
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.teacher.starts import Start
 

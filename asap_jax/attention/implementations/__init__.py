@@ -1,7 +1,8 @@
 """Ways to compute the closures and their values, a file for each option's value.
 
-`dispatch` chooses among `xla` (one n x m kernel; `xla_short` where sequences are
-short), `chunked` (O(n + m) memory) and `cudnn` (fused kernels; `cudnn_sums` has what
-one call of them computes). All are one function up to rounding. `iterated` has the
-gradient of plain iterations, whichever of them runs forward.
+`choice` takes one of them, and `dispatch` gives it the closures: `xla` (one n x m
+kernel; `xla_short` where sequences are short), `chunked` (O(n + m) memory) or `cudnn`
+(fused kernels; `cudnn_sums` has what one call of them computes). All are one function
+up to rounding. `iterated` has the gradient of plain iterations, whichever of them runs
+forward, and `streamed` the same without a kernel (`sweeps`, `sweeps_back`).
 """

@@ -9,7 +9,7 @@ import pytest
 from helpers import lowered
 
 from asap_jax import DualMap, asap_attention, sinkhorn_attention
-from asap_jax.attention.implementations import dispatch
+from asap_jax.attention.implementations import choice, dispatch
 from asap_jax.dual_map.features import COMPILED, feature_count
 
 BATCH, LENGTH, HEADS, DIM, SLICES = 2, 16, 4, 8, 8
@@ -72,7 +72,7 @@ def told(counted):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_the_choice_is_that_of_the_platform_lowered_for(name, of, monkeypatch):
   # All heads are too many for an accelerator, one by one they are not for a CPU.
-  monkeypatch.setattr(dispatch, "_DENSE", BATCH * HEADS * LENGTH**2 - 1)
+  monkeypatch.setattr(choice, "_DENSE", BATCH * HEADS * LENGTH**2 - 1)
   platforms = "cpu", *lowered.ACCELERATORS
   found, xla, chunked = (
     operations(
@@ -93,9 +93,9 @@ def test_the_choice_is_that_of_the_platform_lowered_for(name, of, monkeypatch):
 def cudnn_on_cuda(monkeypatch):
   """As on a host with cuDNN; its call is a cosine, which no other has."""
   monkeypatch.setattr(
-    dispatch, "_no_cudnn", lambda platform, *_: None if platform == "cuda" else "none"
+    choice, "_no_cudnn", lambda platform, *_: None if platform == "cuda" else "none"
   )
-  monkeypatch.setattr(dispatch, "_CUDNN_LENGTH", LENGTH)
+  monkeypatch.setattr(choice, "_CUDNN_LENGTH", LENGTH)
   monkeypatch.setattr(
     dispatch, "cudnn_attention", lambda query, key, value, *_, **__: jnp.cos(value)
   )
