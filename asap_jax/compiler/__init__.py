@@ -2,12 +2,13 @@
 
 `api` is `asap_jax.compile`, and `asap_jax.choose` for another device. In the order of
 its steps: `sites` finds the Sinkhorn attentions, `recording` watches them on
-calibration batches, `prepared` keeps some calls of a layer, `candidates` says what may
-stand there, `fitting` fits dual maps, `fidelity` compares plans with the teacher's,
-`clock` times, `selection` takes the fastest that is close enough, `standing` puts it in
-its place (`kept`: with the others), and `report` says what was gained. `recipes` and
-`measuring` are the way of one fixed operator. `distillation` trains all maps together
-afterwards; `saving` keeps a compiled model.
+calibration batches (`batches` checks these, `recorder` records one forward pass,
+`unreplaced` names the calls at no site), `prepared` keeps some calls of a layer,
+`candidates` says what may stand there, `fitting` fits dual maps, `fidelity` compares
+plans with the teacher's, `clock` times, `selection` takes the fastest that is close
+enough, `standing` puts it in its place (`kept`: with the others), and `report` says
+what was gained. `recipes` and `measuring` are the way of one fixed operator.
+`distillation` trains all maps together afterwards; `saving` keeps a compiled model.
 """
 
 from asap_jax.compiler.api import Compiled, choose, compile

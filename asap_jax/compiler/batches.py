@@ -30,8 +30,8 @@ def check_same(batch: Any, first: Any) -> None:
   """Raises ValueError unless batches begin as they did before."""
   if batch is first:
     return
-  same = jax.tree.map(np.array_equal, _without_keys(batch), _without_keys(first))
-  if not all(jax.tree.leaves(same)):
+  own, others = _without_keys(batch), _without_keys(first)
+  if len(own) != len(others) or not all(map(np.array_equal, own, others)):
     raise ValueError(
       "batches come in another order than before, which would mix those fitted with "
       "those held out: expected the same order at every pass; pass a list of them, or "

@@ -12,13 +12,20 @@ from flax import nnx
 from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.attention.inputs import Activation, Inputs
 from asap_jax.attention.signature import inputs_of, listening
+from asap_jax.compiler.batches import check_batch, check_runs
 from asap_jax.compiler.operators import OWN
 from asap_jax.compiler.sites import Site, held_at, replace_sites
+from asap_jax.compiler.unreplaced import shapes_with_every_call_heard
 
+Calls = list[tuple[Activation, ...]]  # of each layer
 # Told of the running model, and of the name and the arguments of an attention call.
 Hear = Callable[[nnx.Module, str, dict[str, Any]], None]
 
 _SIGNATURE = inspect.signature(sinkhorn_attention)
+
+
+class _Refused(ValueError):
+  """A call that no other operator could answer."""
 
 
 class _Calls(nnx.Variable):
@@ -40,7 +47,7 @@ class _Recorder(nnx.Module):
   def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
     given = ", ".join(f"{name}={kwargs[name]!r}" for name in OWN if name in kwargs)
     if given:
-      raise ValueError(
+      raise _Refused(
         f"{self.name}: its call passes {given}, which no other operator takes; bind it "
         f"to what the model holds: functools.partial(sinkhorn_attention, {given})"
       )
@@ -69,7 +76,7 @@ def recorder(
   call: Callable[[nnx.Module, Any], Any],
   hear: Hear | None = None,
   left: Sequence[Site] = (),
-) -> Callable[[Any], list[tuple[Activation, ...]]]:
+) -> Callable[[Any], Calls]:
   """A jitted function of a batch: the activations at each site, one per call of it.
 
   The model runs as it stands, in evaluation mode (no dropout); it is not changed.
@@ -94,6 +101,35 @@ def recorder(
     ]
 
   return functools.partial(record, state)
+
+
+def shapes_seen(
+  record: Callable[[Any], Calls],
+  model: nnx.Module,
+  batch: Any,
+  call: Callable[[nnx.Module, Any], Any],
+) -> Calls:
+  """What `record` would give of a batch, as shapes; every call elsewhere is heard.
+
+  Raises:
+    ValueError: if the batch is none, the model does not take it, or its attention
+      cannot be observed.
+  """
+  check_batch(batch)
+  try:
+    return shapes_with_every_call_heard(record, batch)
+  except _Refused as error:
+    raise ValueError(str(error)) from error
+  # A model may raise anything, and so may a transformation around a layer.
+  except Exception as error:
+    check_runs(model, batch, call)
+    raise ValueError(
+      "the model could not be run with its Sinkhorn attention under observation: "
+      f"{error}. The attention sits in a transformation that shares it, such as "
+      "jax.vmap or jax.checkpoint, or nnx.vmap with its axis None; nnx.jit, nnx.remat "
+      "and nnx.scan over stacked layers can be compiled, and attention takes batch "
+      "axes without vmap"
+    ) from error
 
 
 def _flatten_batch(inputs: Inputs) -> Activation:

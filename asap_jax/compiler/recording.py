@@ -10,25 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.progress import track
 
-from asap_jax.attention.inputs import Activation
-from asap_jax.attention.layers import AsapAttention
-from asap_jax.compiler.batches import (
-  Stored,
-  check_batch,
-  check_runs,
-  check_same,
-  kind_of,
-)
-from asap_jax.compiler.kept import CandidateAttention
-from asap_jax.compiler.recorder import recorder
-from asap_jax.compiler.sites import Replacement, Site, find_held, find_sinkhorn
-from asap_jax.compiler.unreplaced import (
-  ADVICE,
-  Unreplaced,
-  shapes_with_every_call_heard,
-)
+from asap_jax.compiler.batches import Stored, check_same, kind_of
+from asap_jax.compiler.recorder import Calls, recorder, shapes_seen
+from asap_jax.compiler.sites import Site, find_sinkhorn
+from asap_jax.compiler.unreplaced import ADVICE, Unreplaced, nothing_found
 
-Calls = list[tuple[Activation, ...]]  # of each layer
 Stream = Generator[Calls, None, None]
 
 
@@ -113,10 +99,10 @@ class Observer:
       raise ValueError("batches is empty: expected at least two batches")
     hear = Unreplaced()
     self._record = recorder(model, self.sites, call, hear, left)
-    seen = _shapes_seen(self._record, model, first, call)
+    seen = shapes_seen(self._record, model, first, call)
     self.unreplaced = hear.names
     if not self.sites:
-      raise ValueError(_nothing_found(model, self.unreplaced))
+      raise ValueError(nothing_found(model, self.unreplaced))
     self.layers = _layers(self.sites, seen, self.unreplaced)
     if self.unreplaced:
       warnings.warn(
@@ -188,45 +174,6 @@ def _has_valid(calls: Calls) -> bool:
   return all(
     any(call.query_mask is None or bool(call.query_mask.any()) for call in of_layer)
     for of_layer in calls
-  )
-
-
-def _shapes_seen(
-  record: Callable[[Any], Calls],
-  model: nnx.Module,
-  batch: Any,
-  call: Callable[[nnx.Module, Any], Any],
-) -> Calls:
-  check_batch(batch)
-  try:
-    return shapes_with_every_call_heard(record, batch)
-  # A model may raise anything.
-  except Exception as error:
-    check_runs(model, batch, call)
-    # Of this package, about one layer.
-    if type(error) is ValueError:
-      raise
-    raise ValueError(
-      "the model could not be run with its Sinkhorn attention under observation: "
-      f"{error}. The attention sits in a transformation that shares it, such as "
-      "jax.vmap, or nnx.vmap with its axis None; nnx.jit, nnx.remat and nnx.scan over "
-      "stacked layers can be compiled, and attention takes batch axes without vmap"
-    ) from error
-
-
-def _nothing_found(model: nnx.Module, unreplaced: tuple[str, ...]) -> str:
-  kinds = AsapAttention, CandidateAttention, Replacement
-  if any(find_held(model, kind) for kind in kinds):
-    return "model holds no Sinkhorn attention, for it is compiled already"
-  if unreplaced:
-    return (
-      "model holds no Sinkhorn attention that can be replaced, but calls it in "
-      f"{'; '.join(unreplaced)}: {ADVICE}"
-    )
-  return (
-    "model holds no Sinkhorn attention, and calls none on the first batch: expected a "
-    "module with an attribute that is sinkhorn_attention or "
-    "functools.partial(sinkhorn_attention, ...)"
   )
 
 

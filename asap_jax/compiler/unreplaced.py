@@ -12,6 +12,9 @@ from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from asap_jax.attention.functions import sinkhorn_attention
+from asap_jax.attention.layers import AsapAttention
+from asap_jax.compiler.kept import CandidateAttention
+from asap_jax.compiler.sites import Replacement, find_held
 
 ADVICE = (
   "let a module hold the function itself, as an attribute or in a dictionary, list or "
@@ -62,6 +65,23 @@ def shapes_with_every_call_heard(function: Callable[[Any], Any], batch: Any) -> 
   """
   with set_xla_metadata(asap_jax_heard=str(next(_count))):
     return jax.eval_shape(function, batch)
+
+
+def nothing_found(model: nnx.Module, unreplaced: tuple[str, ...]) -> str:
+  """Why there is nothing to compile in a model, which calls what is named."""
+  kinds = AsapAttention, CandidateAttention, Replacement
+  if any(find_held(model, kind) for kind in kinds):
+    return "model holds no Sinkhorn attention, for it is compiled already"
+  if unreplaced:
+    return (
+      "model holds no Sinkhorn attention that can be replaced, but calls it in "
+      f"{'; '.join(unreplaced)}: {ADVICE}"
+    )
+  return (
+    "model holds no Sinkhorn attention, and calls none on the first batch: expected a "
+    "module with an attribute that is sinkhorn_attention or "
+    "functools.partial(sinkhorn_attention, ...)"
+  )
 
 
 def _place(running: nnx.Module) -> tuple[str, str]:

@@ -277,18 +277,28 @@ def test_iterations_that_the_call_passes_are_refused():
 
 
 class Mapped(nnx.Module):
-  def __init__(self):
+  def __init__(self, mapped):
     self.attention = asap_jax.SinkhornMultiHeadAttention(
       HEADS, WIDTH, iterations=2, rngs=nnx.Rngs(0)
     )
+    self.mapped = nnx.static(mapped)
 
   def __call__(self, x):
-    return jax.vmap(lambda one: self.attention(one[None])[0])(x)
+    return self.mapped(self.attention, x)
 
 
-def test_a_layer_under_vmap_is_refused_with_the_reason():
+TRANSFORMATIONS = {
+  "jax.vmap": lambda layer, x: jax.vmap(lambda one: layer(one[None])[0])(x),
+  "jax.checkpoint": lambda layer, x: jax.checkpoint(lambda x: layer(x))(x),
+  "jax.lax.map": lambda layer, x: jax.lax.map(lambda one: layer(one[None])[0], x),
+  "nnx.vmap": nnx.vmap(lambda layer, x: layer(x[None])[0], in_axes=(None, 0)),
+}
+
+
+@pytest.mark.parametrize("mapped", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+def test_a_layer_inside_a_transformation_is_refused_with_the_reason(mapped):
   with pytest.raises(ValueError, match=r"transformation that shares it.*vmap"):
-    observe(Mapped())
+    observe(Mapped(mapped))
 
 
 class Pooled(Two):
