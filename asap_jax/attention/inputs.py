@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -287,9 +288,11 @@ def _check_mask(mask: Array, inputs: Inputs) -> None:
   _check_broadcast("mask", mask, query, key)
   if mask.dtype == jnp.bool_ or isinstance(mask, jax.core.Tracer):
     return
-  if not ((mask == 0) | (mask == 1)).all():
+  # In NumPy: inside of jit JAX would trace what is done with a constant too.
+  values = np.asarray(mask)
+  if not np.isin(values, (0, 1)).all():
     raise ValueError(
-      f"mask of dtype {mask.dtype} has values from {mask.min()} to {mask.max()}: "
+      f"mask of dtype {mask.dtype} has values from {values.min()} to {values.max()}: "
       "expected true or 1 where a query may attend to a key, and false or 0 elsewhere; "
       "what is to be added to the logits is passed as bias"
     )
