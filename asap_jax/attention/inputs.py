@@ -179,7 +179,8 @@ def prepare(
   if not isinstance(epsilon, jax.core.Tracer) and not epsilon > 0:
     raise ValueError(f"epsilon={epsilon}: expected a positive number")
   if bias is not None:
-    _check_broadcast("bias", bias, query, key)
+    *batch, n, heads, _ = query.shape
+    _check_broadcast("bias", bias, (*batch, heads, n, key.shape[-3]))
   heads, dim = query.shape[-2:]
   if dtype is None:
     dtype = jnp.result_type(query, key, value)
@@ -283,25 +284,22 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
     )
 
 
-def _check_mask(mask: Any, inputs: Inputs) -> None:
-  query, key = (jnp.moveaxis(x, -3, -2) for x in (inputs.query, inputs.key))
-  _check_broadcast("mask", mask, query, key)
+def _check_mask(mask: Array, inputs: Inputs) -> None:
+  _check_broadcast("mask", mask, (*inputs.query.shape[:-1], inputs.key.shape[-2]))
   if mask.dtype == jnp.bool_ or isinstance(mask, jax.core.Tracer):
     return
-  # By NumPy: inside jit JAX would trace what is known here.
-  mask = np.asarray(mask)
-  if not ((mask == 0) | (mask == 1)).all():
+  # In NumPy: inside of jit JAX would trace what is done with a constant too.
+  values = np.asarray(mask)
+  if not np.isin(values, (0, 1)).all():
     raise ValueError(
-      f"mask of dtype {mask.dtype} has values from {mask.min()} to {mask.max()}: "
+      f"mask of dtype {mask.dtype} has values from {values.min()} to {values.max()}: "
       "expected true or 1 where a query may attend to a key, and false or 0 elsewhere; "
       "what is to be added to the logits is passed as bias"
     )
 
 
-def _check_broadcast(name: str, array: Array, query: Array, key: Array) -> None:
+def _check_broadcast(name: str, array: Array, expected: tuple[int, ...]) -> None:
   """Raises ValueError unless an array broadcasts to the pairs of all heads."""
-  *batch, n, heads, _ = query.shape
-  expected = (*batch, heads, n, key.shape[-3])
   fits = array.ndim <= len(expected) and all(
     own in (1, wanted)
     for own, wanted in zip(array.shape[::-1], expected[::-1], strict=False)

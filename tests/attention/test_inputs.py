@@ -274,7 +274,8 @@ def test_what_is_to_be_added_is_no_mask(attend):
     attend(QUERY, KEY, VALUE, mask=additive)
   ones = KEY_VALID[:, None, None, :].astype(jnp.float32)
   expected = run(attend, QUERY, KEY, VALUE, mask=ones > 0)
-  actual = attend(QUERY, KEY, VALUE, mask=ones)
+  # A constant of a jitted function, whose values are known.
+  actual = jax.jit(lambda query: attend(query, KEY, VALUE, mask=ones))(QUERY)
   np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
