@@ -179,12 +179,13 @@ def test_side_and_momentum_of_a_map_survive(tmp_path, side, half, count):
   assert_same_output(loaded, model)
 
 
-def test_sinkhorn_with_its_start_and_relaxation_survives(tmp_path):
+@pytest.mark.parametrize("own", [{"relaxation": 1.5}, {"tolerance": 0.05}])
+def test_sinkhorn_with_its_start_and_options_survives(tmp_path, own):
   teacher = models.toy()
   sites = find_sinkhorn(teacher)
-  chosen = dict(
-    iterations=2, implementation="xla", start="gaussian_diagonal", relaxation=1.5
-  )
+  plain = {"relaxation": 1.0, "tolerance": None}
+  named = {"iterations": 2, "implementation": "xla", "start": "gaussian_diagonal"}
+  chosen = plain | named | own
   cut = functools.partial(sinkhorn_attention, **chosen, **sites[0].options)
   held = compiled().blocks[1].attention.attention_fn
   model = replace_sites(teacher, sites, [cut, held])
