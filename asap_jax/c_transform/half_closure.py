@@ -123,8 +123,8 @@ def fast_first(run: Callable[..., tuple[T, Array]], *arguments: Any) -> T:
   """The first of what `run(guarded, *arguments)` gives, however the sums turn out.
 
   A guard that looks at every sum waits for it, which costs nothing on a CPU; elsewhere
-  the host asks the device, and that takes longer than the sum. There all is run without
-  it, and once more with it where a sum left its range: one look.
+  the host may have to ask the device each time. There all is run without it, and once
+  more with it where a sum left its range: one look.
 
   Args:
     run: returns a result, and whether all sums were in range; guarded they are.

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 # |log u|, |log v| up to which the scaling domain is used. Entries of P that underflow
 # (below e^-87) could then have had a weight of e^(60 - 87) at most in any iterate.
-LOG_RANGE = 30.0
+_LOG_RANGE = 30.0
 
 
 class Cotangents(NamedTuple):
@@ -203,7 +203,7 @@ def in_range(a: Array, b: Array, duals: Duals, iterates: Iterates) -> Array:
   """Whether the scaling domain serves: one decision for all of the batch."""
   before, f, _, gs, g = _sides(a, b, duals, iterates)
   spread = [jnp.max(jnp.abs(x), initial=0.0) for x in (before - f, gs - g)]
-  return jnp.maximum(*spread) <= LOG_RANGE
+  return jnp.maximum(*spread) <= _LOG_RANGE
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

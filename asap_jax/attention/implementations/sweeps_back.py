@@ -27,7 +27,7 @@ from asap_jax.attention.implementations.sweeps import (
   to_columns,
 )
 from asap_jax.numerics import exact_einsum
-from asap_jax.teacher.gradient import LOG_RANGE, by_domain, divide
+from asap_jax.teacher.gradient import by_domain, divide, in_range
 
 
 class Cotangents(NamedTuple):
@@ -102,21 +102,15 @@ def cotangents(
   _, (row_parts, column_parts) = jax.lax.scan(step, g_bar, ways, reverse=True)
   start_bar, row_parts = a * row_parts[0], row_parts.at[0].set(0.0)
 
-  # One decision for all of the batch, as in `asap_jax.teacher.gradient`.
-  spreads = jnp.where(a > 0, iterates.f - f, 0.0), jnp.where(b > 0, iterates.g - g, 0.0)
-  in_range = (
-    functools.reduce(jnp.maximum, (jnp.abs(x).max() for x in spreads)) <= LOG_RANGE
-  )
   function = functools.partial(_to_tokens, precision)
   parts = last, row_parts, column_parts
-  query_bar, key_bar = by_domain(
-    function, in_range, problem, value, swept, out_bar, parts
-  )
+  near = in_range(a, b, swept.duals, iterates)
+  query_bar, key_bar = by_domain(function, near, problem, value, swept, out_bar, parts)
   a_bar, b_bar = last + row_parts.sum(0), column_parts.sum(0)
   return Cotangents(query_bar, key_bar, value_bar, start_bar, a_bar, b_bar)
 
 
-def _to_tokens(precision, in_range, problem, value, swept, out_bar, parts):
+def _to_tokens(precision, near, problem, value, swept, out_bar, parts):
   """Cotangents of queries and keys."""
   einsum = functools.partial(jnp.einsum, precision=precision)
   (_, (f, g), (before, gs, _)), (last, row_parts, column_parts) = swept, parts
@@ -127,7 +121,7 @@ def _to_tokens(precision, in_range, problem, value, swept, out_bar, parts):
     logits = scores_of(problem, precision, query, jnp.zeros_like(g))
     plan = jnp.exp(logits + absent_low(f, a)[..., None] + g[..., None, :])
     own = (out_bar, -last[..., None]), (value, jnp.ones_like(g)[..., None])
-    if in_range:
+    if near:
       # One product of rank 2T, and of the plan's own cotangent with it.
       u = jnp.exp(jnp.where(a > 0, before - f, 0.0))
       v, w = (jnp.exp(jnp.where(problem.b > 0, x - g, 0.0)) for x in (gs, previous))
