@@ -33,10 +33,14 @@ class Family(NamedTuple):
   hidden: int = 0
 
   def holds(self, other: "Family") -> bool:
-    """Whether it computes all that another does, and so takes no less time."""
+    """Whether it computes all that another does, and so takes no less time.
+
+    A network adds more than the Gaussian's diagonal, which it does without.
+    """
+    own = {*self.features, *(("gaussian_diagonal",) if self.hidden else ())}
     return (
       self.side == other.side
-      and set(self.features) >= set(other.features)
+      and own >= set(other.features)
       and self.slices >= other.slices
       and self.hidden >= other.hidden
     )
@@ -105,36 +109,40 @@ def predicted_tv(
   """TV to be expected of a map, from those that are fitted already.
 
   Closures bring it down by about one factor each, which two fits of a family tell;
-  families that are not fitted yet follow the one of most fits.
+  families that are fitted less follow the one of most fits.
   """
-  own = sorted((k, tv) for (name, k), tv in known.items() if name == family.name)
-  scale = 1.0
+  fits: dict[str, list[tuple[int, float]]] = {}
+  for (name, k), tv in sorted(known.items()):
+    fits.setdefault(name, []).append((k, math.log(max(tv, 1e-9))))
+  own = fits.pop(family.name, [])
+  fullest = max(
+    (f for f in FAMILIES if f.name in fits and f.side == "query"),
+    key=lambda f: len(fits[f.name]),
+    default=None,
+  )
+  if fullest is None:
+    return math.exp(_line(own, count)) if own else 0.0
+  others = fits[fullest.name]
+  count = max(count, 1)  # half a closure is expected in terms of one
   if not own:
-    others = {name for name, _ in known}
-    if not others:
-      return 0.0
-    fullest = max(
-      (f for f in FAMILIES if f.name in others and f.side == "query"),
-      key=lambda f: sum(name == f.name for name, _ in known),
-      default=None,
-    )
-    if fullest is None:
-      return 0.0
-    own = sorted((k, tv) for (name, k), tv in known.items() if name == fullest.name)
-    scale = family.expected / fullest.expected
-    count = max(count, 1)  # half a closure is expected in terms of one
-  counts, logs = [k for k, _ in own], [math.log(max(tv, 1e-9)) for _, tv in own]
-  return scale * math.exp(_line(counts, logs, count))
+    return family.expected / fullest.expected * math.exp(_line(others, count))
+  if len(own) == 1 < len(others):
+    # One fit tells where it begins, the others how fast it falls.
+    ((k, log),) = own
+    return math.exp(log + _line(others, count) - _line(others, max(k, 1)))
+  return math.exp(_line(own, count))
 
 
-def _line(xs: Sequence[int], ys: Sequence[float], x: int) -> float:
-  """Interpolated linearly, and continued by the last two points."""
-  if len(xs) == 1:
-    return ys[0] + _SLOPE * (x - xs[0])
-  right = next((i for i, known in enumerate(xs) if known >= x), len(xs) - 1)
-  right = max(right, 1)
-  slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
-  return ys[right] + min(max(slope, _STEEPEST), _FLATTEST) * (x - xs[right])
+def _line(points: Sequence[tuple[int, float]], x: int) -> float:
+  """Interpolated linearly, and continued by the two points at that end."""
+  if len(points) == 1:
+    ((first, y),) = points
+    return y + _SLOPE * (x - first)
+  right = next((i for i, (known, _) in enumerate(points) if known >= x), -1)
+  right = max(right % len(points), 1)
+  (before, above), (after, below) = points[right - 1], points[right]
+  slope = (below - above) / (after - before)
+  return below + min(max(slope, _STEEPEST), _FLATTEST) * (x - after)
 
 
 # Of log TV against closures: before two are known, and within what is believed.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from asap_jax.masses import centre
 from asap_jax.teacher.starts import Start, starting_dual
 
 # Pairs of a head, and sequences, that maps are fitted to; a quarter is judged on.
-_PAIRS, SEQUENCES = 2**21, 256
+_PAIRS, SEQUENCES = 2**21, 192
 _NETWORK_STEPS = 1000
 
 
@@ -53,6 +53,12 @@ class PreparedLayer:
     self.held_out = _joined(held_out, 0.5)
     self._fitters: dict[tuple, LinearFitter] = {}
 
+  @property
+  def shapes(self) -> Hashable:
+    """Equal where operators take equal times."""
+    leaves, structure = jax.tree.flatten((self.timed, self.layer.site.teacher))
+    return structure, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
   @functools.cached_property
   def _relative(self):
     teacher = self.layer.site.teacher
@@ -77,9 +83,15 @@ class PreparedLayer:
       return Asap(dataclasses.replace(dual_map, half=True))
     return Asap(dual_map.with_closures(count))
 
-  def fit(self, family: Family, count: int) -> tuple[Operator, float]:
-    """A fitted operator and its mean TV on what is held out."""
-    fitted = self._fitter(family).fit(count)
+  def fit(
+    self, family: Family, count: int, target_tv: float = 1.0
+  ) -> tuple[Operator, float]:
+    """A fitted operator and its mean TV on what is held out.
+
+    It is not fitted to the end where it is not going to come within `target_tv`.
+    """
+    aim = 1.0 if family.hidden else target_tv  # a network brings it closer
+    fitted = self._fitter(family).fit(count, target_tv=aim)
     if family.hidden:
       fitted = self._with_network(fitted, family.hidden)
     return Asap(fitted.dual_map), fitted.tv

@@ -9,7 +9,7 @@ before tell. In the end all that was measured is timed once more, in turn.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -71,6 +71,7 @@ def select(
   given: Mapping[str, Candidate] | None = None,
   *,
   every: bool = False,
+  ratios: dict[Any, float] | None = None,
 ) -> Selection:
   """The fastest operator of a site that comes within `target_tv` in all its layers.
 
@@ -81,8 +82,10 @@ def select(
     given: to choose among, beside the exact iterations, in place of fitting any.
     every: whether to fit one map of each family that comes close enough, also where it
       could not be the fastest.
+    ratios: what maps take in the time of the exact iterations, to share between sites:
+      those of equal shapes are timed once.
   """
-  search = _Search(layers, target_tv, given, every)
+  search = _Search(layers, target_tv, given, every, {} if ratios is None else ratios)
   if given is None:
     search.run()
   return search.result()
@@ -97,17 +100,17 @@ class _Search:
     target_tv: float,
     given: Mapping[str, Candidate] | None,
     every: bool,
+    ratios: dict[Any, float],
   ):
+    self._ratios = ratios
     self._layers, self._target, self._every = layers, target_tv, every
     self._teacher = layers[0].layer.site.teacher
     self._found = (
       self._unlearned() if given is None else self._timed(self._uncut() | dict(given))
     )
     self._fitted: dict[tuple[str, int], float] = {}
-    # Of the maps' first numbers of closures; those of others follow from the cuts.
     dim = layers[0].layer.dim
     self._families = [family for family in FAMILIES if family.slices <= dim]
-    self._base: dict[str, float] = {}
 
   @property
   def _cuts(self) -> list[int]:
@@ -182,7 +185,7 @@ class _Search:
     """Fits maps while one may be faster than the choice so far, and close enough."""
     while (place := self._next()) is not None:
       family, count = place
-      fits = [layer.fit(family, count) for layer in self._layers]
+      fits = [layer.fit(family, count, self._target) for layer in self._layers]
       operators, tvs = zip(*fits, strict=True)
       self._fitted[family.name, count] = max(tvs)
       new = Candidate(operators, tvs)
@@ -221,16 +224,19 @@ class _Search:
       # All others are expected in terms of this one.
       least = min(self._closures_ms(0), self._closures_ms(1))
       return (DIAGONAL, 1) if least < worth else None
-    places = []
+    found = None
     for family in self._families:
       count = self._within_reach(family)
       if count is None:
         continue
       if self._every:
         return family, count
+      # What cannot come before the fastest found is not even timed.
       if self._is_faster(family, count, worth):
-        places.append((self._expected_ms(family, count), family, count))
-    return min(places, key=lambda each: each[0])[1:] if places else None
+        milliseconds = self._expected_ms(family, count)
+        if milliseconds < worth:
+          worth, found = milliseconds, (family, count)
+    return found
 
   def _within_reach(self, family: Family) -> int | None:
     """The least number of closures not fitted yet that may come close enough."""
@@ -266,14 +272,16 @@ class _Search:
   def _expected_ms(self, family: Family, count: int) -> float:
     """Time of a map: of its first number of closures, and of those beyond."""
     first = family.counts[0]
-    if family.name not in self._base:
-      self._base[family.name] = self._untrained_ms(family, first)
-    return self._base[family.name] + (
-      0.0 if count == first else self._closures_ms(count) - self._closures_ms(first)
-    )
+    key = family.name, *(layer.shapes for layer in self._layers)
+    if key not in self._ratios:
+      self._ratios[key] = self._untrained_ratio(family, first)
+    milliseconds = self._ratios[key] * self._found[self._exact[0]].point.milliseconds
+    if count > first:
+      milliseconds += self._closures_ms(count) - self._closures_ms(first)
+    return milliseconds
 
-  def _untrained_ms(self, family: Family, count: int) -> float:
-    """Time of a map before it is fitted, in turn with the exact iterations.
+  def _untrained_ratio(self, family: Family, count: int) -> float:
+    """Time of a map before it is fitted, in that of the exact iterations, in turn.
 
     A machine is not as fast at all times: the ratio of the two lasts.
     """
@@ -291,4 +299,4 @@ class _Search:
       sum(ms for (name, _), ms in times.items() if name == label)
       for label in (exact, family.name)
     )
-    return self._found[exact].point.milliseconds * own / before
+    return own / before

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +77,11 @@ def best(
         f"{site.name} binds arrays ({', '.join(arrays)}), which candidates cannot "
         "keep: expected keep_candidates=False, or arrays that are passed in the call"
       )
+  ratios: dict[Any, float] = {}
   return _chosen(
-    teacher, seed, lambda site, layers: select(layers, target_tv, every=every)
+    teacher,
+    seed,
+    lambda site, layers: select(layers, target_tv, every=every, ratios=ratios),
   )
 
 

@@ -41,6 +41,19 @@ def test_what_is_predicted_goes_through_what_is_known():
   (other,) = (family for family in FAMILIES if family.name == "cumulants")
   expected = other.expected / DIAGONAL.expected * 0.2
   assert predicted_tv(other, 2, known) == pytest.approx(expected)
+  # One fit of its own tells where it begins, and the others how fast it falls.
+  known["cumulants", 2] = 0.3
+  assert predicted_tv(other, 2, known) == pytest.approx(0.3)
+  assert predicted_tv(other, 4, known) == pytest.approx(0.075)
+
+
+def test_a_family_holds_those_that_take_no_more_time():
+  by_name = {family.name: family for family in FAMILIES}
+  held = {other.name for other in FAMILIES if by_name["network"].holds(other)}
+  slices = {"1 slices", "2 slices", "4 slices", "8 slices"}
+  assert held == {"network", "cumulants", "diagonal", *slices}
+  assert not by_name["cumulants"].holds(DIAGONAL)
+  assert not by_name["half, low rank"].holds(DIAGONAL)
 
 
 def compiled(monkeypatch, of_kind, target_tv, model=None):

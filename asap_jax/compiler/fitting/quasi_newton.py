@@ -30,6 +30,8 @@ from asap_jax.numerics import exact_einsum
 
 # Steps between two looks at what is held out, and progress there that is worth more.
 _CHUNK, _WORTH = 10, 0.02
+# All that later looks may gain, in what the last one gained.
+_PROMISE = 2.0
 _MEMORY = 12
 # Closures that can follow a map here.
 MOST = 10
@@ -116,8 +118,11 @@ class LinearFitter:
     self._regressed = moments / points
     self._ends: dict[int, _Parameters] = {}
 
-  def fit(self, count: int, steps: int = 60) -> Fitted:
-    """The map that so many closures follow; zero, half a one, from the key side."""
+  def fit(self, count: int, steps: int = 60, target_tv: float = 1.0) -> Fitted:
+    """The map that so many closures follow; zero, half a one, from the key side.
+
+    Steps end early where the map is not going to come within `target_tv`.
+    """
     best = self._start(count)
     options = {"count": jnp.int32(count), "half": count == 0}
     kl, tv = _judge(best, self._held_out, **options)
@@ -128,11 +133,14 @@ class LinearFitter:
       better = new_kl < kl
       if not better.any():
         break
+      before = tv
       worth = (new_kl < (1.0 - _WORTH) * kl).any()
       best = jax.tree.map(functools.partial(_where, better), parameters, best)
       kl, tv = jnp.where(better, new_kl, kl), jnp.where(better, new_tv, tv)
       kept = taken
-      if not worth:
+      # What is gained falls by a third or more from look to look.
+      hopeless = tv.mean() - _PROMISE * (before - tv).mean() > target_tv
+      if hopeless or not worth:
         break
     self._ends[count] = best
     relaxation, momentum = (factors[:, : max(count - 1, 0)] for factors in best.factors)
@@ -153,10 +161,8 @@ class LinearFitter:
       return _continued(self._ends[near], near, count)
     weights = self._regressed[..., _target(count, self._regressed.shape[-1])]
     heads = len(weights)
-    factors = Factors(
-      jnp.full((heads, MOST - 1), _RELAXATION), jnp.full((heads, MOST - 1), _SPEED)
-    )
-    return _Parameters(weights, factors)
+    ones = jnp.ones((heads, MOST - 1))
+    return _Parameters(weights, Factors(_RELAXATION * ones, _SPEED * ones))
 
 
 def _target(count: int, iterations: int) -> int:
@@ -174,7 +180,16 @@ _LBFGS = optax.lbfgs(
     max_linesearch_steps=3, initial_guess_strategy="one"
   ),
 )
-_initial = jax.jit(jax.vmap(_LBFGS.init))
+
+
+@jax.jit
+def _initial(parameters):
+  """States of the heads, of the very types that a step returns: one program serves all.
+
+  Optax begins with weakly typed numbers.
+  """
+  state = jax.vmap(_LBFGS.init)(parameters)
+  return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
 
 @functools.partial(jax.jit, static_argnames="half")

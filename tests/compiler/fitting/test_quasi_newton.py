@@ -11,8 +11,15 @@ from helpers import models
 from asap_jax.attention.inputs import Activation
 from asap_jax.c_transform.entropic import plan
 from asap_jax.compiler.candidates import FAMILIES
-from asap_jax.compiler.fitting.quasi_newton import LinearFitter, Problem
-from asap_jax.compiler.fitting.relative import relative_of
+from asap_jax.compiler.fitting.quasi_newton import (
+  MOST,
+  LinearFitter,
+  Problem,
+  _descend,
+  _initial,
+  _Parameters,
+)
+from asap_jax.compiler.fitting.relative import Factors, relative_of
 from asap_jax.compiler.operators import Asap, Sinkhorn
 from asap_jax.compiler.prepared import (
   PreparedLayer,
@@ -68,6 +75,30 @@ def test_a_fit_comes_closer_than_the_regression_that_it_starts_from(name, count)
   before, after = (layer._new_fitter(FAMILY[name]).fit(count, n) for n in (0, 60))
   assert (before.steps, after.steps > 0) == (0, True)
   assert after.tv < before.tv
+
+
+def test_a_fit_without_hope_ends_at_its_first_look():
+  fitted = [
+    prepared()._new_fitter(FAMILY["cumulants"]).fit(1, target_tv=target)
+    for target in (0.0, 1.0)
+  ]
+  assert fitted[0].steps <= fitted[1].steps
+  assert fitted[0].tv >= fitted[1].tv > 0.0
+
+
+def test_steps_return_the_types_that_they_take():
+  """Or the second ten of them would be compiled anew."""
+  (_, problem, *_), _ = parts("query")
+  size = problem.features.shape[-1]
+  start = _Parameters(
+    jnp.zeros((HEADS, size)), Factors(*(jnp.ones((HEADS, MOST - 1)) for _ in range(2)))
+  )
+  given = start, _initial(start)
+  run = functools.partial(_descend, count=jnp.int32(1), half=False)
+  found = jax.eval_shape(run, *given, [problem])
+  for before, after in zip(*map(jax.tree.leaves, (given, found)), strict=True):
+    assert before.dtype == after.dtype
+    assert before.weak_type == after.weak_type
 
 
 @pytest.mark.slow
