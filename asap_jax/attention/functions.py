@@ -14,7 +14,7 @@ from jaxtyping import Array
 from asap_jax.attention.implementations.choice import (
   Implementation,
   choose_for,
-  keeps_iterates,
+  gradient_for,
 )
 from asap_jax.attention.implementations.dispatch import ClosedPlan
 from asap_jax.attention.implementations.softmax import SoftmaxPlan
@@ -140,10 +140,10 @@ def sinkhorn_attention(
   steps = Steps(
     relaxation=constant_relaxation(relaxation, iterations), momentum=None, side="query"
   )
-  kept = relaxation == 1.0 and keeps_iterates(inputs, named, chosen)
+  gradient = gradient_for(inputs, named, chosen) if relaxation == 1.0 else None
   return inputs.attend(
     ClosedPlan(
-      inputs, f, iterations, steps, chosen, by_iterates=kept, tolerance=tolerance
+      inputs, f, iterations, steps, chosen, gradient=gradient, tolerance=tolerance
     )
   )
 

@@ -39,6 +39,7 @@ from experiments.frozen_layer.frontier import verdicts
 CUTS, BATCH = (1, 2, 3, 5, 10, ITERATIONS), 64
 # A linear map without slices and five closures: hardly more than the closures.
 UNSORTED = "asap_unsorted@5"
+COMPILED_ROWS = ("ridge", "asap", "asap@2", UNSORTED, "best")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--features", nargs="+", choices=KINDS, default=COMPILED)
   parser.add_argument(
     "--refine-steps", type=whole(0), help="per layer; 0 for the ridge fit alone"
+  )
+  parser.add_argument(
+    "--compiled", nargs="+", choices=COMPILED_ROWS, default=COMPILED_ROWS, help="rows"
   )
   parser.add_argument("--test-limit", type=whole(1), help="first so many test inputs")
   add_seed(parser)
@@ -111,7 +115,7 @@ def compile_all(
   own = asap_jax.Recipe(args.slices, features=tuple(args.features))
   if args.refine_steps is not None:
     own = dataclasses.replace(own, refine_steps=args.refine_steps)
-  recipes: dict[str, asap_jax.Recipe | None] = {
+  all_recipes: dict[str, asap_jax.Recipe | None] = {
     "ridge": plain_recipe(args.slices),
     "asap": dataclasses.replace(own, closures=args.closures),
     "asap@2": dataclasses.replace(own, closures=2),
@@ -120,6 +124,7 @@ def compile_all(
     ),
     "best": None,
   }
+  recipes = {name: all_recipes[name] for name in args.compiled}
   models: dict[str, Any] = {}
   about: dict[str, dict[str, Any]] = {}
   for name, recipe in recipes.items():

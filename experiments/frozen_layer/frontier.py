@@ -45,4 +45,4 @@ def verdict(
 def verdicts(families: Mapping[str, Sequence[Alternative]]) -> list[str]:
   """A sentence for each compiled method of a frontier."""
   *cuts, teacher = families[CUTS_FAMILY]
-  return [verdict(point, cuts, teacher) for point in families["compiled"]]
+  return [verdict(point, cuts, teacher) for point in families.get("compiled", ())]

@@ -23,6 +23,7 @@ from asap_jax.attention.implementations.cudnn_sums import head_dim
 from asap_jax.attention.inputs import Inputs
 
 Implementation = Literal["xla", "chunked", "cudnn"]
+Gradient = Literal["iterated", "streamed"]
 
 # Entries above which a kernel is not formed: 2 GiB of float32 in all, for XLA holds two
 # arrays of so many (compiled for a TPU v5e; a gradient of several iterations, four). On
@@ -31,10 +32,10 @@ _DENSE = 2**28
 _DENSE_HEAD = 2**26
 # Below this length two fused calls a closure are not worth their overhead; for many
 # closures, which read one kernel again and again, below the other. (H100, JAX 0.11.2,
-# bfloat16: 20 iterations of 512 heads of 197 tokens take 4.8 ms with cuDNN and 2.5
-# without, of 64 heads of 1,024 tokens 4.5 and 5.3; a compiled layer 1.0 and 1.2, and
-# 1.0 and 1.6.)
-_CUDNN_LENGTH, _CUDNN_LENGTH_OF_MANY, _CUDNN_FEW = 128, 1024, 3
+# bfloat16: one, two and 20 iterations of 512 heads of 197 tokens take 0.48, 0.77 and 5.1
+# ms with cuDNN and 0.38, 0.45 and 1.8 without; of 64 heads of 1,024 tokens 0.41, 0.77 and
+# 4.8, and 0.78, 1.00 and 4.6, in three times the memory.)
+_CUDNN_LENGTH, _CUDNN_LENGTH_OF_MANY, _CUDNN_FEW = 512, 1024, 3
 
 
 class PerPlatform(NamedTuple):
@@ -45,21 +46,23 @@ class PerPlatform(NamedTuple):
   default: Implementation
 
 
-def keeps_iterates(
+def gradient_for(
   inputs: Inputs, named: Implementation | None, chosen: Implementation | PerPlatform
-) -> bool:
-  """Whether the gradient of plain iterations is that of `iterated`, or of `streamed`.
+) -> Gradient | None:
+  """Whose gradient plain iterations have: that of `iterated`, or of `streamed`.
 
-  On any platform. The former's is where kernels of all heads fit, and no other was
-  named: cuDNN's own takes five times as long (H100, JAX 0.11.2, bfloat16, 20 iterations
-  of 64 heads of 1,024 tokens: a training step of 61 ms, and of 12). The latter knows no
-  bias.
+  `None` is that of the implementation itself: `streamed` knows no bias. cuDNN's own takes
+  six times as long as the former's, which is where kernels of all heads fit and no other
+  was named, and more than twice as long as the latter's (H100, JAX 0.11.2, bfloat16, 20
+  iterations of 64 heads of 1,024 tokens: a training step of 61, 11 and 25 ms).
   """
   if isinstance(chosen, PerPlatform):
-    return any(keeps_iterates(inputs, named, name) for name in chosen)
-  if chosen == "cudnn":
-    return named is None and _fits(inputs)
-  return chosen == "xla" or inputs.bias is None or inputs.dropout.needs_weights
+    found = (gradient_for(inputs, named, name) for name in chosen)
+    return next((each for each in found if each), None)
+  if chosen == "xla" or (chosen == "cudnn" and named is None and _fits(inputs)):
+    return "iterated"
+  # Where weights are needed they are formed, by whatever implementation.
+  return "streamed" if inputs.bias is None or inputs.dropout.needs_weights else None
 
 
 def _fits(inputs: Inputs) -> bool:

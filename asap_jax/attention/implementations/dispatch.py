@@ -10,9 +10,10 @@ from jaxtyping import Array
 
 from asap_jax.attention.implementations import xla_short
 from asap_jax.attention.implementations.choice import (
+  Gradient,
   Implementation,
   PerPlatform,
-  keeps_iterates,
+  gradient_for,
   narrow,
 )
 from asap_jax.attention.implementations.chunked import chunked_attention
@@ -43,10 +44,10 @@ class ClosedPlan:
     implementation: which serves (`choose_for`).
     dual_map: what predicted the dual, to be fused with the closures where that is
       faster; or `None`.
-    by_iterates: whether the closures are plain iterations, as many as one likes, whose
-      gradient has to be cheap whatever runs forward: it is that of
+    gradient: of closures that are plain iterations, as many as one likes, whose
+      gradient has to be cheap whatever runs forward: that of
       `asap_jax.attention.implementations.iterated`, or of `streamed` beside it, in
-      reverse mode only.
+      reverse mode only. `None` is the implementation's own.
     tolerance: of iterations that stop early, or `None`.
   """
 
@@ -56,13 +57,13 @@ class ClosedPlan:
   steps: Steps
   implementation: Implementation | PerPlatform
   dual_map: DualMap | None = None
-  by_iterates: bool = False
+  gradient: Gradient | None = None
   tolerance: float | None = None
 
   def dense(self) -> Array:
     """Weights, `[batch..., heads, n, m]`."""
     logits, masks = self.inputs.logits, self.inputs.masks
-    if self.by_iterates:
+    if self.gradient:
       return iterated_plan(
         logits, self.dual, self.count, *masks, tolerance=self.tolerance
       )
@@ -97,20 +98,22 @@ class ClosedPlan:
 
   def _served_by(self, name: Implementation) -> "ClosedPlan":
     """The same plan on a platform where this one serves, which nobody named."""
-    kept = self.by_iterates and keeps_iterates(self.inputs, None, name)
-    return dataclasses.replace(self, implementation=name, by_iterates=kept)
+    gradient = self.gradient and gradient_for(self.inputs, None, name)
+    return dataclasses.replace(self, implementation=name, gradient=gradient)
 
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     inputs = self.inputs
     options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
     tokens: tuple[Any, ...] = inputs.query, inputs.key, value, self.dual
     exact = *tokens, self.count, *inputs.masks
-    if self.by_iterates and self.implementation == "chunked":
-      return streamed_attention(*exact, tolerance=self.tolerance, precision=precision)
     iterate: Callable[..., Array] = functools.partial(
-      iterated_attention, *exact, **options, tolerance=self.tolerance
+      streamed_attention, *exact, precision=precision, tolerance=self.tolerance
     )
-    if self.by_iterates and self.implementation == "xla":
+    if self.gradient == "iterated":
+      iterate = functools.partial(
+        iterated_attention, *exact, **options, tolerance=self.tolerance
+      )
+    if self.gradient and self.implementation != "cudnn":
       return iterate()
     functions: dict[object, Callable[..., Array]] = {
       "xla": scaled_attention,
@@ -120,8 +123,8 @@ class ClosedPlan:
     if attend is cudnn_attention:
       tokens = *narrow(inputs), *tokens[2:]
       options["scale"] = inputs.scale
-    if self.by_iterates:
+    if self.gradient:
       # Nothing of it is kept where a gradient is asked for.
       tokens = jax.lax.stop_gradient(tokens)
     out = attend(*tokens, self.count, *inputs.masks, **options, **self.steps)
-    return iterate(forward=out) if self.by_iterates else out
+    return iterate(forward=out) if self.gradient else out

@@ -40,6 +40,7 @@ def streamed_attention(
   *,
   tolerance: float | None = None,
   precision: jax.lax.PrecisionLike = None,
+  forward: Float[Array, "*batch n features"] | None = None,
 ) -> Float[Array, "*batch n features"]:
   """Values weighted by the plan of plain iterations from a query-side dual.
 
@@ -56,6 +57,7 @@ def streamed_attention(
     key_weights: likewise.
     tolerance: likewise.
     precision: likewise.
+    forward: likewise.
 
   Returns:
     As `iterated_attention`.
@@ -71,15 +73,17 @@ def streamed_attention(
   start = zero_invalid(start.astype(dtype), weights[0])
   a, b = marginals(*weights, (*batch, n, m), dtype)
   options = iterations, tolerance, precision
-  return _attend(options, query, key, value, start, a, b)
+  return _attend(options, forward, query, key, value, start, a, b)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, *arguments):
-  return _attend_forward(options, *arguments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(options, forward, *arguments):
+  if forward is not None:
+    return forward
+  return _attend_forward(options, forward, *arguments)[0]
 
 
-def _attend_forward(options, *arguments):
+def _attend_forward(options, forward, *arguments):
   def block(chunk, query, key, value, start, a, b):
     n = query.shape[-2]
     problem, start = _problem(chunk, query, key, a, b), in_chunks(start, chunk, axis=-1)
@@ -96,7 +100,7 @@ def _attend_forward(options, *arguments):
   return kept[0].astype(arguments[2].dtype), residuals
 
 
-def _attend_backward(options, residuals, out_bar):
+def _attend_backward(options, forward, residuals, out_bar):
   def block(chunk, query, key, value, a, b, out, f, g, fs, gs, active, out_bar):
     n, dtype = query.shape[-2], a.dtype
     iterates = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), Iterates(fs, gs, active))

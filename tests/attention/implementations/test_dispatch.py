@@ -310,8 +310,9 @@ def test_sinkhorn_attention_by_every_implementation(name):
 
 
 @pytest.mark.usefixtures("cudnn_stand_in")
-def test_whatever_runs_forward_the_iterations_have_one_gradient(monkeypatch):
-  """By default cuDNN forward, but never its gradient."""
+@pytest.mark.parametrize("name", [None, "cudnn"])
+def test_whatever_runs_forward_the_iterations_have_one_gradient(name, monkeypatch):
+  """By default, and by name, cuDNN forward, but never its gradient."""
   inputs, mask, _ = tokens()
 
   def without_gradient(query, key, value, dual, count, *masks, **options):
@@ -334,7 +335,7 @@ def test_whatever_runs_forward_the_iterations_have_one_gradient(monkeypatch):
     loss = lambda *x: jnp.square(attend(*x).astype(jnp.float32)).sum()  # noqa: E731
     return jax.jit(lambda *x: (attend(*x), jax.grad(loss, (0, 1, 2))(*x)))(*inputs)
 
-  (out, slopes), (own, wanted) = step(None), step("xla")
+  (out, slopes), (own, wanted) = step(name), step("xla")
   assert not np.array_equal(out, own)
   np.testing.assert_allclose(np.float64(out), np.float64(own), atol=2e-2)
   for slope, other in zip(slopes, wanted, strict=True):

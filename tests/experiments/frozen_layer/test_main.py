@@ -78,6 +78,7 @@ def options_of(monkeypatch, **arguments):
 
   monkeypatch.setattr(frozen_layer.asap_jax, "compile", compile)
   given = {"features": ["query"], "slices": 4, "seed": 7, "closures": 1}
+  given["compiled"] = frozen_layer.COMPILED_ROWS
   args = argparse.Namespace(**(given | {"refine_steps": None} | arguments))
   return asked, *frozen_layer.compile_all(None, [], args)
 
@@ -110,6 +111,12 @@ def test_two_closures_are_compiled_once(monkeypatch):
   assert last is None
   assert models["asap"] == models["asap@2"] == "model 2"
   assert about["asap"] == about["asap@2"]
+
+
+def test_some_rows_alone_are_compiled(monkeypatch):
+  asked, models, _ = options_of(monkeypatch, compiled=["best", "asap@2"])
+  assert list(models) == ["best", "asap@2"]
+  assert [recipe and recipe.closures for recipe, _ in asked] == [None, 2]
 
 
 def message(capsys, files, *options):
