@@ -32,9 +32,9 @@ _DENSE = 2**28
 _DENSE_HEAD = 2**26
 # Below this length two fused calls a closure are not worth their overhead; for many
 # closures, which read one kernel again and again, below the other. (H100, JAX 0.11.2,
-# bfloat16: one, two and 20 iterations of 512 heads of 197 tokens take 0.48, 0.77 and 5.1
-# ms with cuDNN and 0.38, 0.45 and 1.8 without; of 64 heads of 1,024 tokens 0.41, 0.77 and
-# 4.8, and 0.78, 1.00 and 4.6, in three times the memory.)
+# bfloat16: one, two and 20 iterations of 512 heads of 197 tokens take 0.48, 0.77 and
+# 5.1 ms with cuDNN and 0.38, 0.45 and 1.8 without; of 64 heads of 1,024 tokens 0.41,
+# 0.77 and 4.8, and 0.78, 1.00 and 4.6, in three times the memory.)
 _CUDNN_LENGTH, _CUDNN_LENGTH_OF_MANY, _CUDNN_FEW = 512, 1024, 3
 
 
@@ -51,10 +51,11 @@ def gradient_for(
 ) -> Gradient | None:
   """Whose gradient plain iterations have: that of `iterated`, or of `streamed`.
 
-  `None` is that of the implementation itself: `streamed` knows no bias. cuDNN's own takes
-  six times as long as the former's, which is where kernels of all heads fit and no other
-  was named, and more than twice as long as the latter's (H100, JAX 0.11.2, bfloat16, 20
-  iterations of 64 heads of 1,024 tokens: a training step of 61, 11 and 25 ms).
+  `None` is that of the implementation itself: `streamed` knows no bias. cuDNN's own
+  takes six times as long as the former's, which is where kernels of all heads fit and
+  no other was named, and more than twice as long as the latter's (H100, JAX 0.11.2,
+  bfloat16, 20 iterations of 64 heads of 1,024 tokens: a training step of 61, 11 and
+  25 ms).
   """
   if isinstance(chosen, PerPlatform):
     found = (gradient_for(inputs, named, name) for name in chosen)
