@@ -81,11 +81,11 @@ def sinkhorn_attention(
       iterations. All are the same plan, with the exact gradient of what was run.
       `"xla"` forms n x m kernels, on a CPU in blocks that stay in its cache, and its
       gradient keeps the duals of the iterations and no matrix; `"chunked"` takes
-      O(n + m) memory, with a gradient O(iterations (n + m)), and `"cudnn"` O(n + m)
-      forward. `"ott"` is OTT-JAX's algorithm in the log
-      domain, several times slower: the reference. Where the weights are sown or dropped
-      they are formed, whichever is named. Half an iteration is none of OTT-JAX's: there
-      `"ott"` takes the best of the others.
+      O(n + m) memory, with a gradient O(iterations (n + m)), and so does `"cudnn"`,
+      faster forward. `"ott"` is OTT-JAX's algorithm in the log domain, several times
+      slower: the reference. Where the weights are sown or dropped they are formed,
+      whichever is named. Half an iteration is none of OTT-JAX's: there `"ott"` takes the
+      best of the others.
     start: `"zero"`, or a potential of Gaussians with the moments of queries and keys
       (`asap_jax.gaussian_potential`): `"gaussian"` is `"gaussian_low_rank"`, and there
       are `"gaussian_diagonal"` and `"gaussian_full"`.
