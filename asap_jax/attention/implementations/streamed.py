@@ -76,14 +76,19 @@ def streamed_attention(
   return _attend(options, forward, query, key, value, start, a, b)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options, forward, *arguments):
   if forward is not None:
     return forward
-  return _attend_forward(options, forward, *arguments)[0]
+  return _attend_and_keep(options, *arguments)[0]
 
 
 def _attend_forward(options, forward, *arguments):
+  del forward
+  return _attend_and_keep(options, *arguments)
+
+
+def _attend_and_keep(options, *arguments):
   def block(chunk, query, key, value, start, a, b):
     n = query.shape[-2]
     problem, start = _problem(chunk, query, key, a, b), in_chunks(start, chunk, axis=-1)
@@ -100,7 +105,7 @@ def _attend_forward(options, forward, *arguments):
   return kept[0].astype(arguments[2].dtype), residuals
 
 
-def _attend_backward(options, forward, residuals, out_bar):
+def _attend_backward(options, residuals, out_bar):
   def block(chunk, query, key, value, a, b, out, f, g, fs, gs, active, out_bar):
     n, dtype = query.shape[-2], a.dtype
     iterates = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), Iterates(fs, gs, active))
@@ -126,7 +131,7 @@ def _attend_backward(options, forward, residuals, out_bar):
   query, key, value, _, a, b = arguments
   given = query, key, value, a, b, out, *duals, *iterates, out_bar
   found = _in_blocks(block, given, (2, 2, 2, 1, 1, 2, 1, 1, 2, 2, 2, 2))
-  return tuple(
+  return None, *(
     bar.astype(argument.dtype) for bar, argument in zip(found, arguments, strict=True)
   )
 
