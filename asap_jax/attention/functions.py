@@ -84,8 +84,8 @@ def sinkhorn_attention(
       O(n + m) memory, with a gradient O(iterations (n + m)), and so does `"cudnn"`,
       faster forward. `"ott"` is OTT-JAX's algorithm in the log domain, several times
       slower: the reference. Where the weights are sown or dropped they are formed,
-      whichever is named. Half an iteration is none of OTT-JAX's: there `"ott"` takes the
-      best of the others.
+      whichever is named. Half an iteration is none of OTT-JAX's: there `"ott"` takes
+      the best of the others.
     start: `"zero"`, or a potential of Gaussians with the moments of queries and keys
       (`asap_jax.gaussian_potential`): `"gaussian"` is `"gaussian_low_rank"`, and there
       are `"gaussian_diagonal"` and `"gaussian_full"`.
