@@ -18,9 +18,13 @@ LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 class SelfShowing(Figure):
   """Figure that notebooks show as an image, with pyplot or without it."""
 
+  def savefig(self, *args: Any, **options: Any) -> None:
+    """As matplotlib's; nothing that stands out, such as a title, is cut off."""
+    super().savefig(*args, **({"bbox_inches": "tight"} | options))
+
   def _repr_png_(self) -> bytes:
     image = io.BytesIO()
-    self.savefig(image, format="png", bbox_inches="tight")
+    self.savefig(image, format="png")
     return image.getvalue()
 
 

@@ -9,6 +9,7 @@ import pytest
 from helpers.pages import ROOT
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from asap_jax import Potentials, plotting
 from asap_jax.metrics import attention_sink_share
@@ -234,6 +235,18 @@ def test_new_figures_show_themselves_in_notebooks():
   image = plotting.plot_plan(PLANS[0]).figure._repr_png_()
   assert image.startswith(b"\x89PNG")
   assert len(image) > 1_000
+
+
+def test_a_title_that_stands_out_is_saved_whole(tmp_path):
+  axes = plotting.subplots()[0, 0]
+
+  def height(name):
+    axes.figure.savefig(tmp_path / name, dpi=50)
+    return imread(tmp_path / name).shape[0]
+
+  before = height("before.png")
+  axes.set_title("several\nlines\nabove", y=1.5)
+  assert height("after.png") > before + 20
 
 
 def test_pyplot_and_its_settings_are_left_alone():
