@@ -80,8 +80,9 @@ def run(teacher: FrozenTeacher, inputs: FrozenInputs, args: argparse.Namespace) 
   }
   test = Split(inputs.test, inputs.labels)
   tested = batches_of(inputs.test, BATCH, keep_rest=True)
-  fidelity = replacements.plan_fidelity(teacher, models, tested)
+  # Before the memory of the process is in pieces, which slows what takes large arrays.
   times = replacements.attention_milliseconds(teacher, models, tested[0])
+  fidelity = replacements.plan_fidelity(teacher, models, tested)
   rows = [
     {
       "method": name,
