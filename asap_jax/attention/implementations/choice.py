@@ -34,7 +34,8 @@ _DENSE_HEAD = 2**26
 # closures, which read one kernel again and again, below the other. (H100, JAX 0.11.2,
 # bfloat16: one, two and 20 iterations of 512 heads of 197 tokens take 0.48, 0.77 and
 # 5.1 ms with cuDNN and 0.38, 0.45 and 1.8 without; of 64 heads of 1,024 tokens 0.41,
-# 0.77 and 4.8, and 0.78, 1.00 and 4.6, in three times the memory.)
+# 0.77 and 4.8, and 0.78, 1.00 and 4.6, in three times the memory. Lengths
+# between the two were not measured.)
 _CUDNN_LENGTH, _CUDNN_LENGTH_OF_MANY, _CUDNN_FEW = 512, 1024, 3
 
 
