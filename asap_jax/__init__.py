@@ -10,10 +10,13 @@ Rooms bear the method's words: `potentials`, `dual_map`, `c_transform`, `teacher
 from typing import TYPE_CHECKING
 
 from asap_jax.attention import (
+  AmortizedAttention,
+  AmortizedMultiHeadAttention,
   AsapAttention,
   DualParam,
   SinkhornMultiHeadAttention,
   asap_attention,
+  dual_loss,
   sinkhorn_attention,
   softmax_attention,
 )
@@ -31,6 +34,8 @@ from asap_jax.teacher import sinkhorn_duals
 __version__ = "0.1.0"
 
 __all__ = [
+  "AmortizedAttention",
+  "AmortizedMultiHeadAttention",
   "AsapAttention",
   "DualMap",
   "DualParam",
@@ -46,6 +51,7 @@ __all__ = [
   "closures",
   "compile",
   "distil",
+  "dual_loss",
   "gaussian_potential",
   "kantorovich_potentials",
   "load",

@@ -2,9 +2,15 @@
 
 `functions` has softmax, Sinkhorn and compiled attention; `inputs` lays out their
 arguments, `signature` turns a short core into a function that Flax can call, `layers`
-are the NNX modules, and `implementations` are the ways to compute the closures.
+are the NNX modules, `amortized` those whose map learns with the model, and
+`implementations` are the ways to compute the closures.
 """
 
+from asap_jax.attention.amortized import (
+  AmortizedAttention,
+  AmortizedMultiHeadAttention,
+  dual_loss,
+)
 from asap_jax.attention.functions import (
   asap_attention,
   sinkhorn_attention,
@@ -18,11 +24,14 @@ from asap_jax.attention.layers import (
 from asap_jax.attention.signature import AttentionFn
 
 __all__ = [
+  "AmortizedAttention",
+  "AmortizedMultiHeadAttention",
   "AsapAttention",
   "AttentionFn",
   "DualParam",
   "SinkhornMultiHeadAttention",
   "asap_attention",
+  "dual_loss",
   "sinkhorn_attention",
   "softmax_attention",
 ]

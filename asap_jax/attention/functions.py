@@ -136,14 +136,13 @@ def sinkhorn_attention(
     g = starting_dual(start, *tokens, side="key")
     steps = Steps(relaxation=None, momentum=None, side="key")
     return inputs.attend(ClosedPlan(inputs, g, 0, steps, chosen))
-  f = starting_dual(start, *tokens)
   steps = Steps(
     relaxation=constant_relaxation(relaxation, iterations), momentum=None, side="query"
   )
   gradient = gradient_for(inputs, named, chosen) if relaxation == 1.0 else None
   return inputs.attend(
     ClosedPlan(
-      inputs, f, iterations, steps, chosen, gradient=gradient, tolerance=tolerance
+      inputs, start, iterations, steps, chosen, gradient=gradient, tolerance=tolerance
     )
   )
 

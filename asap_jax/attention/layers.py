@@ -145,6 +145,12 @@ class AsapAttention(nnx.Module):
     leaves = {name: self.parameters[name][...] for name in self.names}
     return DualMap.from_named(leaves, self.features, side=self.side, half=self.half)
 
+  @property
+  def bound(self) -> dict[str, Any]:
+    """Arguments of the attention function, beside the dual map."""
+    arrays = {k: v[...] for k, v in getattr(self, "arrays", {}).items()}
+    return {"implementation": self.implementation, **dict(self.options), **arrays}
+
   def __call__(
     self,
     query: jax.Array,
@@ -154,7 +160,5 @@ class AsapAttention(nnx.Module):
     **kwargs: Any,
   ) -> jax.Array:
     """`asap_attention` with this dual map; see there for arguments and errors."""
-    arrays = {k: v[...] for k, v in getattr(self, "arrays", {}).items()}
-    bound = {"implementation": self.implementation, **dict(self.options), **arrays}
-    options = bound | kwargs
+    options = self.bound | kwargs
     return asap_attention(query, key, value, *args, dual_map=self.dual_map, **options)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+import asap_jax
 from asap_jax.peers import ATTENTIONS, attention_named
 from asap_jax.peers.layers import DifferentialAttention, ESPAttention, LOTAttention
 from experiments.common.models import Encoder, EncoderConfig
@@ -24,7 +25,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
   # At zero, queries and keys would not learn.
   "est": {"inverse_temperature": 1.0},
 }
-TRAINABLE = tuple(ATTENTIONS)
+TRAINABLE = (*ATTENTIONS, "amortized")
 
 
 def build_attention(
@@ -33,8 +34,9 @@ def build_attention(
   """The `attention_fn` of one layer.
 
   Args:
-    name: one of `TRAINABLE`, or `sinkhorn@k` for k full iterations, or `gaussian@k` for
-      so many from the Gaussian start.
+    name: one of `TRAINABLE`, of which `amortized` has a dual map that learns in the
+      loop; or `sinkhorn@k` for k full iterations, or `gaussian@k` for so many from the
+      Gaussian start.
     heads: number of heads.
     dim: head dimension.
     layer: of the model, counted from one.
@@ -47,6 +49,8 @@ def build_attention(
   Raises:
     ValueError: if the name is unknown.
   """
+  if name == "amortized":
+    return asap_jax.AmortizedAttention(heads, dim)
   function = _function(name)
   if name == "esp":
     return ESPAttention(heads, SLICES, dim, rngs=rngs)

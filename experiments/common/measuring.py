@@ -12,6 +12,7 @@ from flax import nnx
 
 from asap_jax import metrics
 from experiments.common.digits import Split, batches_of
+from experiments.common.models import loss_of_maps
 from experiments.common.timing import temp_bytes, time_interleaved
 from experiments.common.train import accuracy
 
@@ -85,8 +86,11 @@ def _compiled(
     return nnx.merge(graph, params, rest)(inputs)
 
   def loss(params, inputs, labels):
-    logits = forward(params, inputs, labels)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    model = nnx.merge(graph, params, rest, copy=True)  # it may keep what it sees
+    model.train()
+    logits = model(inputs)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss + loss_of_maps(model)
 
   found: dict[str, tuple[Callable[[], Any], int | None]] = {}
   arguments = jax.tree.map(jnp.asarray, (params, *batch))

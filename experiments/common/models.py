@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import asap_jax
+
 AttentionFn = Callable[..., jax.Array]
 
 
@@ -151,6 +153,15 @@ class Classifier(nnx.Module):
   def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
     dtype = jnp.dtype(config.dtype)
     return nnx.Linear(config.token_size, config.width, dtype=dtype, rngs=rngs)
+
+
+def loss_of_maps(model: nnx.Module) -> jax.Array | float:
+  """What dual maps that learn in the loop add to the loss; zero without any."""
+  learns = any(
+    isinstance(module, asap_jax.AmortizedAttention)
+    for _, module in nnx.iter_graph(model)
+  )
+  return asap_jax.dual_loss(model) if learns else 0.0
 
 
 class Encoder(Classifier):

@@ -22,7 +22,7 @@ from rich.progress import (
 
 from experiments.common.attentions import build
 from experiments.common.digits import Split, shift_digits
-from experiments.common.models import Encoder, EncoderConfig
+from experiments.common.models import Encoder, EncoderConfig, loss_of_maps
 
 # Steps between looks at the metrics.
 LOG_EVERY = 20
@@ -187,7 +187,7 @@ def _train_step(
   def loss_fn(model):
     logits = model(inputs)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, (logits.argmax(-1) == labels).mean()
+    return loss + loss_of_maps(model), (logits.argmax(-1) == labels).mean()
 
   (loss, accuracy), gradients = nnx.value_and_grad(loss_fn, has_aux=True)(model)
   optimizer.update(model, gradients)

@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   add("--slices", type=whole(1), default=8)
   add("--seeds", type=seed_list, default=[0, 1, 2], help="as 0,1,2")
+  add("--train-only", action="store_true", help="replace no attention")
   add("--resume", action="store_true", help="go on with a killed run")
   add("--steps", type=whole(1), help="of training")
   add("--refine-steps", type=whole(0), help="per layer; 0 for the ridge fit alone")
@@ -116,7 +117,9 @@ def run(
   linear = _kept(directory, lambda *_: baseline_row(task), 0, "linear.json")
 
   rows = pooled([each["rows"] for each in per_seed])
-  share = recovered({row["method"]: row for row in rows})
+  share: dict[str, float | None] = {}
+  if not args.train_only:
+    share = recovered({row["method"]: row for row in rows})
   for row in rows:
     if row["method"] in share:
       row["recovered"] = share[row["method"]]
@@ -131,14 +134,18 @@ def run(
   seconds["total"] = total
   config = {**options_of(args), "preset_values": dataclasses.asdict(preset)}
   path = write_results(args.out, "downstream", config, rows, seconds)
-  figures = [args.out / name for name in ("accuracy.png", "frontier.png")]
+  figures = [args.out / "accuracy.png"]
   title = f"downstream, {args.dataset}"
   draw_accuracy([(title, rows)], figures[0])
-  draw_frontier(rows, figures[1], title=title)
+  if not args.train_only:
+    figures.append(args.out / "frontier.png")
+    draw_frontier(rows, figures[1], title=title)
   own = [row for row in rows if "shift" not in row]
   count = f"{len(task.test) if args.test_limit is None else args.test_limit}"
   print_rows(_shown(own), f"{task.name}, {count} test examples")
-  print_rows(_shown(row for row in rows if "shift" in row), "Inputs of another kind")
+  shifted = _shown(row for row in rows if "shift" in row)
+  if shifted:
+    print_rows(shifted, "Inputs of another kind")
   if None in share.values():
     print(
       f"recovered is empty: the teacher gains less than {LEAST_GAIN} over softmax in "

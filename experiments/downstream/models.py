@@ -16,7 +16,11 @@ class TextEncoder(Classifier):
 
   def __call__(self, batch: Batch, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Class logits `[batch, classes]`; other entries of `batch` are not read."""
-    return self.logits(batch["ids"], batch["valid"], rngs)
+    return self.logits(*self.tokens(batch), rngs)
+
+  def tokens(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """What `logits` and `states` take of a batch: tokens, and which are no padding."""
+    return batch["ids"], batch["valid"]
 
   def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
     dtype = jnp.dtype(config.dtype)
@@ -63,9 +67,12 @@ class VisionTransformer(Classifier):
     Raises:
       ValueError: if the patches do not divide the images.
     """
+    return self.logits(*self.tokens(batch), rngs)
+
+  def tokens(self, batch: Batch) -> tuple[jax.Array, None]:
+    """What `logits` and `states` take of a batch; see there for what is raised."""
     images = batch["image"]
-    tokens = images if self.convolutions else patches(images, self.patch)
-    return self.logits(tokens, None, rngs)
+    return images if self.convolutions else patches(images, self.patch), None
 
   def _embedding(self, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
     if self.convolutions:

@@ -12,10 +12,19 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from asap_jax.metrics import column_error, masked_mean
+from experiments.common.models import loss_of_maps
 from experiments.common.train import LOG_EVERY, TrainConfig, Watch, transformation
 from experiments.downstream.checkpoints import Checkpoints, MetricsLog
 
-COLUMNS = ("step", "loss", "accuracy", "held_out_accuracy", "examples_per_second")
+COLUMNS = (
+  "step",
+  "loss",
+  "accuracy",
+  "held_out_accuracy",
+  "column_error",
+  "examples_per_second",
+)
 
 Batch = dict[str, Any]
 HeldOut = Callable[[], Iterator[Batch]]
@@ -45,12 +54,15 @@ class Trained(NamedTuple):
     held_out_accuracy: there.
     best_step: when they were found.
     seconds: of training, in all processes that had a share in it.
+    column_errors: of the plans on a held-out batch, at every check; means over layers,
+      heads and keys.
   """
 
   model: nnx.Module
   held_out_accuracy: float
   best_step: int
   seconds: float
+  column_errors: list[float]
 
 
 def train(
@@ -70,7 +82,8 @@ def train(
   run that is started again ends as it would have without, on a CPU to the last bit.
 
   Args:
-    model: called as `model(batch, rngs)`, gives class logits; left untouched.
+    model: called as `model(batch, rngs)`, gives class logits, and has `tokens` and
+      `states` as those of `experiments.downstream.models`; left untouched.
     batches: an endless iterator of batches with `label`, with `get_state` and
       `set_state` as Grain's have them.
     held_out: gives batches that are not trained on, to choose the best parameters by.
@@ -90,11 +103,11 @@ def train(
   every = max(1, config.steps // checks)
   with Checkpoints(directory / "checkpoints") as checkpoints:
     restored = checkpoints.latest(state)
-    done, before = 0, 0.0
+    done, before, errors = 0, 0.0, []
     if restored is not None:
       done, state, notes = restored
       batches.set_state(notes["batches"])
-      before = notes["seconds"]
+      before, errors = notes["seconds"], notes["column_errors"]
     log = MetricsLog(directory / "metrics.csv", COLUMNS, done)
     with log, Watch(label, config, done) as watch:
       for taken in range(done + 1, config.steps + 1):
@@ -108,12 +121,17 @@ def train(
           log.write(step=taken, **values)
           continue
         accuracy = _accuracy(graph, state, held_out())
-        log.write(step=taken, **values, held_out_accuracy=accuracy)
+        error = error_of_columns(graph, state.params, state.rest, next(held_out()))
+        errors = [*errors, float(error)]
+        log.write(
+          step=taken, **values, held_out_accuracy=accuracy, column_error=errors[-1]
+        )
         log.flush()
         notes = {
           "batches": batches.get_state(),
           "seconds": before + watch.seconds,
           "held_out_accuracy": accuracy,
+          "column_errors": errors,
         }
         checkpoints.save(taken, state, notes, accuracy)
     best = checkpoints.best(state)
@@ -123,6 +141,7 @@ def train(
     best.notes["held_out_accuracy"],
     best.step,
     before + watch.seconds,
+    errors,
   )
 
 
@@ -161,12 +180,13 @@ def step(
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), number)
 
   def loss_fn(params):
-    model = nnx.merge(graph, params, state.rest)
+    model = nnx.merge(graph, params, state.rest, copy=True)  # it may keep what it sees
     logits = model(batch, nnx.Rngs(dropout=key))
     targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
     targets = optax.smooth_labels(targets, config.label_smoothing)
     right = (logits.argmax(-1) == batch["label"]).mean()
-    return optax.softmax_cross_entropy(logits, targets).mean(), right
+    loss = optax.softmax_cross_entropy(logits, targets).mean()
+    return loss + loss_of_maps(model), right
 
   metrics, gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   updates, optimizer = transformation(config).update(
@@ -182,6 +202,24 @@ def _right(
 ) -> jax.Array:
   logits = nnx.merge(graph, params, rest)(batch)
   return logits.argmax(-1) == batch["label"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def error_of_columns(
+  graph: nnx.GraphDef, params: nnx.State, rest: nnx.State, batch: Batch
+) -> jax.Array:
+  """Mean column error of a model's plans on a batch, over layers, heads and keys."""
+
+  def states(model):
+    tokens, valid = model.tokens(batch)
+    return model.states(tokens, valid, sow_weights=True), valid
+
+  trace = nnx.capture(states, nnx.Intermediate)
+  (_, valid), sown = trace(nnx.merge(graph, params, rest))
+  plans = jnp.stack(jax.tree.leaves(sown))
+  if valid is not None:
+    valid = valid[:, None]
+  return masked_mean(column_error(plans, valid, valid), valid)
 
 
 def _accuracy(

@@ -21,6 +21,7 @@ NAMES = (
   "gaussian@1",
   "gaussian@2",
   "gaussian@3",
+  "amortized",
 )
 
 

@@ -30,6 +30,7 @@ from asap_jax.attention.implementations.xla import (
 from asap_jax.attention.inputs import Inputs
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.dual_map.predict import DualMap, Steps
+from asap_jax.teacher.starts import Start, starting_dual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ClosedPlan:
 
   Attributes:
     inputs: queries, keys, bias and masks.
-    dual: to start at, `[batch..., heads, n or m]`.
+    dual: to start at, `[batch..., heads, n or m]`; or the name of a query-side one
+      (`asap_jax.teacher.starts`), which is computed where it costs least.
     count: closures.
     steps: what is between them and whose dual it is, as in `asap_jax.closures`.
     implementation: which serves (`choose_for`).
@@ -52,7 +54,7 @@ class ClosedPlan:
   """
 
   inputs: Inputs
-  dual: Array
+  dual: Array | Start
   count: int
   steps: Steps
   implementation: Implementation | PerPlatform
@@ -65,9 +67,16 @@ class ClosedPlan:
     logits, masks = self.inputs.logits, self.inputs.masks
     if self.gradient:
       return iterated_plan(
-        logits, self.dual, self.count, *masks, tolerance=self.tolerance
+        logits, self._dual, self.count, *masks, tolerance=self.tolerance
       )
-    return scaled_plan(logits, self.dual, self.count, *masks, **self.steps).dense()
+    return scaled_plan(logits, self._dual, self.count, *masks, **self.steps).dense()
+
+  @property
+  def _dual(self) -> Array:
+    if isinstance(self.dual, str):
+      inputs = self.inputs
+      return starting_dual(self.dual, inputs.query, inputs.key, *inputs.masks)
+    return self.dual
 
   def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     """Weights times values."""
@@ -104,17 +113,23 @@ class ClosedPlan:
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     inputs = self.inputs
     options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
-    tokens: tuple[Any, ...] = inputs.query, inputs.key, value, self.dual
-    exact = *tokens, self.count, *inputs.masks
-    iterate: Callable[..., Array] = functools.partial(
-      streamed_attention, *exact, precision=precision, tolerance=self.tolerance
-    )
+    iterate: Callable[..., Array]
+    tokens: tuple[Any, ...] = inputs.query, inputs.key, value
     if self.gradient == "iterated":
+      exact = *tokens, self.dual, self.count, *inputs.masks
       iterate = functools.partial(
         iterated_attention, *exact, **options, tolerance=self.tolerance
       )
-    if self.gradient and self.implementation != "cudnn":
-      return iterate()
+      if self.implementation != "cudnn":
+        return iterate()
+    tokens = *tokens, self._dual
+    if self.gradient == "streamed":
+      exact = *tokens, self.count, *inputs.masks
+      iterate = functools.partial(
+        streamed_attention, *exact, precision=precision, tolerance=self.tolerance
+      )
+      if self.implementation != "cudnn":
+        return iterate()
     functions: dict[object, Callable[..., Array]] = {
       "xla": scaled_attention,
       "chunked": chunked_attention,

@@ -63,6 +63,34 @@ def streamed_attention(
     As `iterated_attention`.
   """
   check_closures(iterations, None, None, "query")
+  arguments = _arguments(query, key, value, start, query_weights, key_weights)
+  options = iterations, tolerance, precision
+  return _attend(options, forward, *arguments)
+
+
+def streamed_duals(
+  query: Float[Array, "*batch n dim"],
+  key: Float[Array, "*batch m dim"],
+  start: Float[Array, "*batch n"],
+  iterations: int,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
+  *,
+  precision: jax.lax.PrecisionLike = None,
+) -> Duals:
+  """The last duals of plain iterations, for which no gradient is defined.
+
+  Arguments are those of `streamed_attention`. Works under jit and vmap.
+  """
+  value = key[..., :1]  # of no interest, but the sweep has some
+  arguments = _arguments(query, key, value, start, query_weights, key_weights)
+  arguments = jax.lax.stop_gradient(arguments)
+  _, (_, kept) = _attend_and_keep((iterations, None, precision), *arguments)
+  return kept[1]
+
+
+def _arguments(query, key, value, start, query_weights, key_weights):
+  """What blocks are made of, absent points zero, with sums of rows and columns."""
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
   weights = query_weights, key_weights
   query, key, value = (
@@ -72,8 +100,7 @@ def streamed_attention(
   dtype = float_dtype(query, key, start)
   start = zero_invalid(start.astype(dtype), weights[0])
   a, b = marginals(*weights, (*batch, n, m), dtype)
-  options = iterations, tolerance, precision
-  return _attend(options, forward, query, key, value, start, a, b)
+  return query, key, value, start, a, b
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -55,8 +55,9 @@ def test_each_name_trains(name):
   of_query = slopes["blocks/0/attention/query/kernel"]
   assert (of_query > 0) == (name != "swgg")
   learned = [slope for path, slope in slopes.items() if "attention_fn" in path]
-  assert bool(learned) == (name in ("esp", "lot", "differential"))
-  assert all(slope > 0 for slope in learned)
+  assert bool(learned) == (name in ("esp", "lot", "differential", "amortized"))
+  # Of the last the map has a loss of its own.
+  assert all((slope > 0) == (name != "amortized") for slope in learned)
   assert slopes["blocks/0/attention/value/kernel"] > 0
 
 
