@@ -13,7 +13,8 @@ row: **the teacher** | method=sinkhorn
 A cell shows that entry, in that format, of the one row of the file which has the values
 that column and row ask for (`shift=`: no such entry). A column may name another file,
 and divide (`temp_bytes/1048576`). `<!-- run: FILE -->` is followed by where it ran. A
-description that begins with `to come:` waits for its run.
+description that begins with `to come:` waits for its run. Of an entry that is a list
+`name[-1]` shows the last.
 """
 
 import argparse
@@ -73,10 +74,12 @@ def _cell(file: str, asked: str, shown: str, form: str) -> str:
     rows = [row for row in rows if str(row.get(key, "")) == value]
   if len(rows) > 1:
     raise ValueError(f"{asked} {shown}: {len(rows)} rows of {file}")
+  name, _, index = name.partition("[")
   if not rows or rows[0].get(name) is None:
     return ""
+  value = rows[0][name][int(index.rstrip("]"))] if index else rows[0][name]
   # z: no minus before a zero.
-  text = format(rows[0][name] / float(divisor or 1), f"z{form}")
+  text = format(value / float(divisor or 1), f"z{form}")
   spread = rows[0].get(f"{name}_std")
   return text if spread is None else f"{text} ± {spread:{form}}"
 

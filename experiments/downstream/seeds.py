@@ -144,7 +144,7 @@ def train_all(
       "held_out_accuracy": result.held_out_accuracy,
       "best_step": result.best_step,
       "train_seconds": result.seconds,
-      "column_errors": result.column_errors,
+      "column_error_at_checks": result.column_errors,
     }
   return models, about
 
