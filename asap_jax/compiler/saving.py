@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from asap_jax.attention.amortized import DualLoss
 from asap_jax.attention.layers import AsapAttention
 from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.operators import Sinkhorn
@@ -73,7 +74,7 @@ def save(
   compiled = AsapAttention, CandidateAttention, Replacement
   if not any(find_held(model, kind) for kind in compiled):
     raise ValueError("model holds no compiled attention: expected asap_jax.compile's")
-  state = nnx.state(model, nnx.Not(nnx.Intermediate))
+  state = nnx.state(model, nnx.Not(nnx.Any(nnx.Intermediate, DualLoss)))
   arrays = _flat_state(state)
   path.parent.mkdir(parents=True, exist_ok=True)
   # Beside the target, hence on the same file system: renaming it there is atomic.
