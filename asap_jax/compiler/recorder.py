@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import AxisType
 
 from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.attention.inputs import Activation, Inputs
@@ -100,7 +102,22 @@ def recorder(
       for listener in listeners
     ]
 
-  return functools.partial(record, state)
+  return lambda batch: _without_explicit_axes(record(state, batch))
+
+
+def _without_explicit_axes(calls: Calls) -> Calls:
+  """Activations on one device where the axes of a mesh are explicit.
+
+  What is made of them says nothing of shardings, which such axes ask for.
+  """
+
+  def moved(array: Any) -> Any:
+    explicit = AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+    if not explicit or isinstance(array, jax.core.Tracer):
+      return array
+    return jnp.asarray(np.asarray(array))
+
+  return jax.tree.map(moved, calls)
 
 
 def shapes_seen(
