@@ -1,8 +1,33 @@
 """Arithmetic that must not be rounded: dtypes and products."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+T = TypeVar("T")
+
+
+def with_usual_promotion(function: Callable[..., T]) -> Callable[..., T]:
+  """The function under JAX's usual promotion of ranks and dtypes.
+
+  Who forbids it (`jax_numpy_rank_promotion`, `jax_numpy_dtype_promotion`) looks for
+  faults of their own code, not of this package's. Backward passes are traced later than
+  their function was, and need it themselves.
+  """
+
+  @functools.wraps(function)
+  def run(*args: Any, **kwargs: Any) -> T:
+    with (
+      jax.numpy_rank_promotion("allow"),
+      jax.numpy_dtype_promotion("standard"),
+    ):
+      return function(*args, **kwargs)
+
+  return run
 
 
 def float_dtype(*arrays: Array) -> jnp.dtype:

@@ -117,8 +117,9 @@ class AmortizedMultiHeadAttention(nnx.MultiHeadAttention):
     >>> def loss(layer, x):
     ...   return (layer(x) ** 2).mean() + dual_loss(layer)
     >>> gradients = nnx.grad(loss)(layer, jnp.ones((1, 6, 8)))
-    >>> gradients["attention_fn"]["parameters"]["weights"].shape
-    (2, 7)
+    >>> of_map = nnx.filter_state(gradients, asap_jax.DualParam)
+    >>> [leaf.shape for leaf in jax.tree.leaves(of_map)]  # directions, weights
+    [(2, 1, 4), (2, 7)]
   """
 
   def __init__(

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jaxtyping import Array
 
 from asap_jax.attention.inputs import Dropout, Inputs, exclude, prepare, restrict
+from asap_jax.attention.meshes import on_mesh
+from asap_jax.numerics import with_usual_promotion
 
 
 class AttentionFn(Protocol):
@@ -166,6 +167,7 @@ def attention_fn(
     # A module may be a pytree; what it is shown has to reach itself.
     arrays = {k: v for k, v in given.arguments.items() if k != "module"}
 
+    @with_usual_promotion
     def attend(arrays: dict[str, Any]) -> Array:
       inputs = inputs_of(given.arguments | arrays, any_mask, parts)
       if inputs.query.size == 0:
@@ -173,36 +175,10 @@ def attention_fn(
         return jnp.zeros(shape, inputs.value.dtype)  # of a batch without elements
       return core(inputs, **{name: arrays[name] for name in options})
 
-    return in_auto_axes(attend, arrays)
+    return on_mesh(attend, arrays)
 
   function.__signature__ = signature  # type: ignore[attr-defined]
   return function
-
-
-def in_auto_axes(
-  attend: Callable[[dict[str, Any]], Array], arguments: dict[str, Any]
-) -> Array:
-  """`attend(arguments)`; with automatic axes where those of a mesh are explicit.
-
-  JAX writes shardings of explicit axes into types, and asks for that of every array
-  whose axes are joined or split: here the compiler may find them. The result has the
-  sharding of the queries.
-  """
-  query, value = (jax.typeof(arguments[name]) for name in ("query", "value"))
-  mesh = query.sharding.mesh
-  if AxisType.Explicit not in mesh.axis_types:
-    return attend(arguments)
-  spec = PartitionSpec(*query.sharding.spec[:-1], value.sharding.spec[-1])
-  leaves, structure = jax.tree.flatten(arguments)
-  places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-  def automatic(*arrays: Array) -> Array:
-    own = dict(zip(places, arrays, strict=True))
-    given = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
-    return attend(jax.tree.unflatten(structure, given))
-
-  run = auto_axes(automatic, out_sharding=NamedSharding(mesh, spec))
-  return run(*(leaves[i] for i in places))
 
 
 def inputs_of(given: dict[str, Any], any_mask: bool = False, parts: int = 1) -> Inputs:

@@ -15,6 +15,7 @@ from asap_jax.c_transform.entropic import Duals, check_closures, closure
 from asap_jax.c_transform.half_closure import begin, fast_first
 from asap_jax.c_transform.scaling_domain import ScaledPlan, in_log_domain
 from asap_jax.masses import Masses, zero_invalid
+from asap_jax.numerics import with_usual_promotion
 
 
 class Iterates(NamedTuple):
@@ -143,6 +144,7 @@ def _iterates_forward(count, tolerance, *arguments):
   return _in_log_domain(count, active, *arguments), kept
 
 
+@with_usual_promotion
 def _iterates_backward(count, tolerance, kept, cotangents):
   active, arguments = kept
   iterate = functools.partial(_in_log_domain, count, active)

@@ -157,7 +157,13 @@ def load(path: str | os.PathLike[str], model: nnx.Module) -> nnx.Module:
   }
   with ocp.StandardCheckpointer() as checkpointer:
     arrays = checkpointer.restore(path / _ARRAYS, abstract)
+  arrays = jax.tree.map(_uncommitted, arrays)
   return nnx.merge(graph, _with_arrays(state, arrays, manifest["keys"]))
+
+
+def _uncommitted(array: jax.Array) -> jax.Array:
+  """An array of one device, free to join others that are spread over several."""
+  return array if len(array.devices()) > 1 else jnp.asarray(np.asarray(array))
 
 
 def _warn_elsewhere(path: pathlib.Path, saved: str | None) -> None:

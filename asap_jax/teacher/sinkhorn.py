@@ -23,7 +23,7 @@ from asap_jax.masses import (
   valid_pairs,
   zero_invalid,
 )
-from asap_jax.numerics import float_dtype
+from asap_jax.numerics import float_dtype, with_usual_promotion
 from asap_jax.teacher.gradient import Iterations, by_domain, cotangents, in_range
 
 
@@ -127,6 +127,7 @@ def _iterate_forward(iterations, *arguments):
   return _iterate(iterations, *arguments), jax.lax.optimization_barrier(arguments)
 
 
+@with_usual_promotion
 def _iterate_backward(iterations, residuals, bars):
   logits, a, b, start = residuals
   # The same iterations, fast. Their plan sums to the number of queries, OTT's to one.

@@ -1,4 +1,4 @@
-"""Meshes whose axes are explicit, as `jax.make_mesh` makes them: equal to one device."""
+"""Meshes of explicit axes, as `jax.make_mesh` makes them: equal to one device."""
 
 import pytest
 from helpers.lowered import run_on_host_devices

@@ -29,7 +29,7 @@ from asap_jax.c_transform.entropic import (
   row_sums,
 )
 from asap_jax.masses import Masses, Side, check_weights, zero_invalid
-from asap_jax.numerics import float_dtype
+from asap_jax.numerics import float_dtype, with_usual_promotion
 
 
 class _Static(NamedTuple):
@@ -169,6 +169,7 @@ def _attend_forward(static, *arrays):
   return _attend(static, *arrays), jax.lax.optimization_barrier(arrays)
 
 
+@with_usual_promotion
 def _attend_backward(static, arrays, cotangent):
   _, pull = jax.vjp(functools.partial(_chunked, static), *arrays)
   return pull(cotangent)

@@ -21,6 +21,7 @@ from asap_jax.attention.implementations.xla import scaled_attention
 from asap_jax.c_transform.entropic import Duals, marginals, plan
 from asap_jax.c_transform.iterates import Iterates, scaled_iterates
 from asap_jax.masses import Masses, valid_pairs, zero_invalid
+from asap_jax.numerics import with_usual_promotion
 from asap_jax.teacher.gradient import (
   Iterations,
   by_domain,
@@ -213,6 +214,7 @@ def _attend_forward(options, forward, *arguments):
   return kept[0].astype(arguments[2].dtype), kept_apart
 
 
+@with_usual_promotion
 def _attend_backward(options, residuals, out_bar):
   def block(query, key, value, rows, columns, bias, out, f, g, fs, gs, active, out_bar):
     shape = *query.shape[:-1], key.shape[-2]
@@ -285,6 +287,7 @@ def _plan_forward(iterations, tolerance, logits, start, *weights):
   return scaled.dense(), jax.lax.optimization_barrier(kept)
 
 
+@with_usual_promotion
 def _plan_backward(iterations, tolerance, residuals, plan_bar):
   (logits, _, *weights), duals, iterates = residuals
   sums = functools.partial(marginals, shape=logits.shape, dtype=logits.dtype)

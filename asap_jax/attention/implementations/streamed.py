@@ -20,7 +20,7 @@ from asap_jax.attention.implementations.sweeps import Problem, in_chunks, joined
 from asap_jax.c_transform.entropic import Duals, check_closures, marginals
 from asap_jax.c_transform.iterates import Iterates
 from asap_jax.masses import Masses, zero_invalid
-from asap_jax.numerics import float_dtype
+from asap_jax.numerics import float_dtype, with_usual_promotion
 
 T = TypeVar("T")  # a pytree of arrays
 
@@ -132,6 +132,7 @@ def _attend_and_keep(options, *arguments):
   return kept[0].astype(arguments[2].dtype), residuals
 
 
+@with_usual_promotion
 def _attend_backward(options, residuals, out_bar):
   def block(chunk, query, key, value, a, b, out, f, g, fs, gs, active, out_bar):
     n, dtype = query.shape[-2], a.dtype

@@ -1,0 +1,122 @@
+"""Attention where JAX writes into types how arrays are spread over devices.
+
+It does so for explicit axes of a mesh, and inside of `jax.shard_map`; then every array
+that is joined, split or carried by a loop has to say so, too. What an attention does is
+local to each sequence and head, so here it need not: outside it has the right types.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+from jaxtyping import Array
+
+Arguments = dict[str, Any]
+Attend = Callable[[Arguments], Array]
+
+
+def on_mesh(attend: Attend, arguments: Arguments) -> Array:
+  """`attend(arguments)`, whatever their types say of a mesh.
+
+  Args:
+    attend: gives values weighted by attention.
+    arguments: with `query` and `value`, whose shardings the result has.
+  """
+  leaves, structure = jax.tree.flatten(arguments)
+  places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+  def run(*arrays: Array) -> Array:
+    own = dict(zip(places, arrays, strict=True))
+    given = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
+    return attend(jax.tree.unflatten(structure, given))
+
+  arrays = [leaves[i] for i in places]
+  query, value = (jax.typeof(arguments[name]) for name in ("query", "value"))
+  mesh = query.sharding.mesh
+  if AxisType.Explicit in mesh.axis_types:
+    # The compiler finds the shardings inside.
+    spec = PartitionSpec(*query.sharding.spec[:-1], value.sharding.spec[-1])
+    return auto_axes(run, out_sharding=NamedSharding(mesh, spec))(*arrays)
+  varying = frozenset().union(*map(_varying, arrays))
+  return _locally(run, varying, arrays) if varying else attend(arguments)
+
+
+def _varying(array: Array) -> frozenset[str]:
+  """Axes along which devices hold other values, inside of `jax.shard_map`."""
+  kind = jax.typeof(array)
+  # Older versions of JAX have it in the type itself.
+  return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def _locally(
+  run: Callable[..., Array], axes: frozenset[str], arrays: list[Array]
+) -> Array:
+  """`run(*arrays)` on each device by itself, unchecked; in reverse mode only."""
+  moving = [jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in arrays]
+  shared = [axes - _varying(x) for x in arrays]
+  unchecked = functools.partial(
+    jax.shard_map,
+    in_specs=PartitionSpec(),
+    out_specs=PartitionSpec(),
+    axis_names=set(),
+    check_vma=False,
+  )
+  pulls: list[Any] = []
+
+  def typed(tree: Any) -> Any:
+    def one(array: Array) -> Array:
+      missing = tuple(axes - _varying(array))
+      return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(one, tree)
+
+  @jax.custom_vjp
+  def call(*arrays: Array) -> Array:
+    return typed(unchecked(lambda *each: run(*_untyped(each)))(*arrays))
+
+  def forward(*arrays: Array) -> tuple[Array, list[Array]]:
+    def local(*arrays: Array) -> tuple[Array, list[Array]]:
+      arrays = _untyped(arrays)
+
+      def of_moving(*moved: Array) -> Array:
+        left = iter(moved)
+        return run(
+          *(next(left) if m else x for x, m in zip(arrays, moving, strict=True))
+        )
+
+      floats = [x for x, m in zip(arrays, moving, strict=True) if m]
+      out, pull = jax.vjp(of_moving, *floats)
+      kept, structure = jax.tree.flatten(pull)
+      pulls.append(structure)
+      return out, kept
+
+    return typed(unchecked(local)(*arrays))
+
+  def backward(kept: list[Array], out_bar: Array) -> tuple[Array | None, ...]:
+    def local(kept: list[Array], out_bar: Array) -> tuple[Array, ...]:
+      kept, out_bar = _untyped((kept, out_bar))
+      return jax.tree.unflatten(pulls[-1], kept)(out_bar)
+
+    bars = iter(typed(unchecked(local)(kept, out_bar)))
+    # What all devices share has the sum of their cotangents.
+    return tuple(
+      jax.lax.psum(next(bars), tuple(same)) if m and same else next(bars) if m else None
+      for m, same in zip(moving, shared, strict=True)
+    )
+
+  call.defvjp(forward, backward)
+  return call(*arrays)
+
+
+def _untyped(tree: Any) -> Any:
+  """Arrays without axes in their types: as of whatever is computed unchecked."""
+
+  def one(array: Array) -> Array:
+    if array.dtype == bool:
+      return array & True
+    is_number = jax.numpy.issubdtype(array.dtype, jax.numpy.number)
+    return array * jax.numpy.ones((), array.dtype) if is_number else array
+
+  return jax.tree.map(one, tree)
