@@ -8,7 +8,6 @@ Hyde, 2026, "ASAP", arXiv 2605.12879).
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +44,8 @@ class AmortizedAttention(AsapAttention):
   """An `AsapAttention` that trains with the model from the first step on.
 
   It begins at the Gaussian start (`asap_jax.gaussian_potential`), whose weights it goes
-  on to learn. To `asap_jax.save` it is an `AsapAttention`.
+  on to learn. To `asap_jax.save` it is an `AsapAttention`. Inside of `jax.shard_map` each
+  device has the loss of its own sequences.
 
   Args:
     heads: number of heads.
@@ -82,12 +82,10 @@ class AmortizedAttention(AsapAttention):
     """As `AsapAttention`; in training it also leaves its share of the loss."""
     if self.deterministic:
       return super().__call__(query, key, value, *args, **kwargs)
-
-    def keep(loss: jax.Array) -> None:
-      self.dual_loss[...] = loss
-
-    attend = functools.partial(_in_training, dual_map=self.dual_map, keep=keep)
-    return attend(query, key, value, *args, **(self.bound | kwargs))
+    attend = functools.partial(_in_training, dual_map=self.dual_map)
+    out, loss = attend(query, key, value, *args, **(self.bound | kwargs))
+    self.dual_loss[...] = loss
+    return out
 
 
 class AmortizedMultiHeadAttention(nnx.MultiHeadAttention):
@@ -197,24 +195,23 @@ def gaussian_map(heads: int, dim: int) -> DualMap:
   return DualMap(jnp.ones((heads, 1, dim)), weights, FEATURES)
 
 
-@attention_fn
+@attention_fn(is_pair=True)
 def _in_training(
   inputs: Inputs,
   *,
   dual_map: DualMap,
-  keep: Callable[[Array], None],
   implementation: Implementation | None = None,
-) -> Array:
-  """One closure of a map that the task does not change; `keep` is given its loss."""
+) -> tuple[Array, Array]:
+  """One closure of a map that the task does not change, and the map's own loss."""
   check_heads(dual_map, inputs)
   chosen = choose_for(inputs, implementation, 1)
   gradient = gradient_for(inputs, implementation, chosen)
   tokens = inputs.query, inputs.key, *inputs.masks
   f = predict_dual(jax.lax.stop_gradient(dual_map), *tokens)
   predicted = predict_dual(dual_map, *jax.lax.stop_gradient(tokens))
-  keep(_loss(inputs, predicted, chosen))
   steps = Steps(relaxation=None, momentum=None, side="query")
-  return inputs.attend(ClosedPlan(inputs, f, 1, steps, chosen, gradient=gradient))
+  closed = ClosedPlan(inputs, f, 1, steps, chosen, gradient=gradient)
+  return inputs.attend(closed), _loss(inputs, predicted, chosen)
 
 
 def _loss(

@@ -7,27 +7,32 @@ local to each sequence and head, so here it need not: outside it has the right t
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jaxtyping import Array
 
 Arguments = dict[str, Any]
-Attend = Callable[[Arguments], Array]
+# Values weighted by attention, or a pair of them and a number.
+Result = TypeVar("Result", Array, tuple[Array, Array])
 
 
-def on_mesh(attend: Attend, arguments: Arguments) -> Array:
+def on_mesh(
+  attend: Callable[[Arguments], Result], arguments: Arguments, *, is_pair: bool = False
+) -> Result:
   """`attend(arguments)`, whatever their types say of a mesh.
 
   Args:
     attend: gives values weighted by attention.
     arguments: with `query` and `value`, whose shardings the result has.
+    is_pair: whether a number comes with them, which is the same on all devices where
+      axes are explicit, and inside of `jax.shard_map` that of each device.
   """
   leaves, structure = jax.tree.flatten(arguments)
   places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
-  def run(*arrays: Array) -> Array:
+  def run(*arrays: Array) -> Result:
     own = dict(zip(places, arrays, strict=True))
     given = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
     return attend(jax.tree.unflatten(structure, given))
@@ -38,7 +43,10 @@ def on_mesh(attend: Attend, arguments: Arguments) -> Array:
   if AxisType.Explicit in mesh.axis_types:
     # The compiler finds the shardings inside.
     spec = PartitionSpec(*query.sharding.spec[:-1], value.sharding.spec[-1])
-    return auto_axes(run, out_sharding=NamedSharding(mesh, spec))(*arrays)
+    sharding: Any = NamedSharding(mesh, spec)
+    if is_pair:
+      sharding = sharding, NamedSharding(mesh, PartitionSpec())
+    return auto_axes(run, out_sharding=sharding)(*arrays)
   varying = frozenset().union(*map(_varying, arrays))
   return _locally(run, varying, arrays) if varying else attend(arguments)
 
@@ -51,8 +59,8 @@ def _varying(array: Array) -> frozenset[str]:
 
 
 def _locally(
-  run: Callable[..., Array], axes: frozenset[str], arrays: list[Array]
-) -> Array:
+  run: Callable[..., Result], axes: frozenset[str], arrays: list[Array]
+) -> Result:
   """`run(*arrays)` on each device by itself, unchecked; in reverse mode only."""
   moving = [jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in arrays]
   shared = [axes - _varying(x) for x in arrays]
@@ -73,14 +81,14 @@ def _locally(
     return jax.tree.map(one, tree)
 
   @jax.custom_vjp
-  def call(*arrays: Array) -> Array:
+  def call(*arrays: Array) -> Result:
     return typed(unchecked(lambda *each: run(*_untyped(each)))(*arrays))
 
-  def forward(*arrays: Array) -> tuple[Array, list[Array]]:
-    def local(*arrays: Array) -> tuple[Array, list[Array]]:
+  def forward(*arrays: Array) -> tuple[Result, list[Array]]:
+    def local(*arrays: Array) -> tuple[Result, list[Array]]:
       arrays = _untyped(arrays)
 
-      def of_moving(*moved: Array) -> Array:
+      def of_moving(*moved: Array) -> Result:
         left = iter(moved)
         return run(
           *(next(left) if m else x for x, m in zip(arrays, moving, strict=True))
@@ -94,8 +102,8 @@ def _locally(
 
     return typed(unchecked(local)(*arrays))
 
-  def backward(kept: list[Array], out_bar: Array) -> tuple[Array | None, ...]:
-    def local(kept: list[Array], out_bar: Array) -> tuple[Array, ...]:
+  def backward(kept: list[Array], out_bar: Result) -> tuple[Array | None, ...]:
+    def local(kept: list[Array], out_bar: Result) -> tuple[Array, ...]:
       kept, out_bar = _untyped((kept, out_bar))
       return jax.tree.unflatten(pulls[-1], kept)(out_bar)
 

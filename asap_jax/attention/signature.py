@@ -129,6 +129,7 @@ def attention_fn(
   any_mask: bool = False,
   takes_bias: bool = True,
   parts: int = 1,
+  is_pair: bool = False,
 ) -> Any:
   """An `AttentionFn` made of a core (module docstring).
 
@@ -138,19 +139,24 @@ def attention_fn(
       included, make sense.
     takes_bias: whether a bias of the logits does.
     parts: parts that queries and keys are cut into; the default scale is that of one.
+    is_pair: whether the core returns a number beside the values.
 
   Returns:
     The attention function; without `core`, a decorator.
   """
   if core is None:
     return functools.partial(
-      attention_fn, any_mask=any_mask, takes_bias=takes_bias, parts=parts
+      attention_fn,
+      any_mask=any_mask,
+      takes_bias=takes_bias,
+      parts=parts,
+      is_pair=is_pair,
     )
   own = list(inspect.signature(core).parameters.values())[1:]
   signature = inspect.Signature([*_COMMON, *own])
 
   @functools.wraps(core)
-  def function(*args: Any, **kwargs: Any) -> Array:
+  def function(*args: Any, **kwargs: Any) -> Any:
     given = signature.bind(*args, **kwargs)
     options = {p.name: given.arguments[p.name] for p in own if p.name in given.kwargs}
     given.apply_defaults()
@@ -168,14 +174,15 @@ def attention_fn(
     arrays = {k: v for k, v in given.arguments.items() if k != "module"}
 
     @with_usual_promotion
-    def attend(arrays: dict[str, Any]) -> Array:
+    def attend(arrays: dict[str, Any]) -> Any:
       inputs = inputs_of(given.arguments | arrays, any_mask, parts)
       if inputs.query.size == 0:
         shape = *arrays["query"].shape[:-1], inputs.value.shape[-1]
-        return jnp.zeros(shape, inputs.value.dtype)  # of a batch without elements
+        nothing = jnp.zeros(shape, inputs.value.dtype)  # of a batch without elements
+        return (nothing, jnp.zeros(())) if is_pair else nothing
       return core(inputs, **{name: arrays[name] for name in options})
 
-    return on_mesh(attend, arrays)
+    return on_mesh(attend, arrays, is_pair=is_pair)
 
   function.__signature__ = signature  # type: ignore[attr-defined]
   return function

@@ -63,6 +63,22 @@ FUNCTIONS = """
       for array in (out, *slopes):
         assert jax.typeof(array).sharding.spec == by_head.spec, (name, array.sharding)
 
+  def trained():
+    return asap_jax.AmortizedMultiHeadAttention(2, 8, rngs=nnx.Rngs(0))
+
+  @nnx.jit
+  def step(model, x):
+    def loss(model):
+      return (model(x) ** 2).mean() + asap_jax.dual_loss(model)
+
+    return nnx.value_and_grad(loss)(model)
+
+  x = jax.random.normal(keys[0], (8, 6, 8))
+  expected = step(trained(), x)
+  with jax.set_mesh(mesh):
+    found = step(trained(), jax.device_put(x, by_row))
+  assert_equal(found, expected, "in the loop")
+
   print("functions")
 """
 
