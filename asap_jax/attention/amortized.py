@@ -44,8 +44,8 @@ class AmortizedAttention(AsapAttention):
   """An `AsapAttention` that trains with the model from the first step on.
 
   It begins at the Gaussian start (`asap_jax.gaussian_potential`), whose weights it goes
-  on to learn. To `asap_jax.save` it is an `AsapAttention`. Inside of `jax.shard_map` each
-  device has the loss of its own sequences.
+  on to learn. To `asap_jax.save` it is an `AsapAttention`. Inside of `jax.shard_map`
+  each device has the loss of its own sequences.
 
   Args:
     heads: number of heads.
