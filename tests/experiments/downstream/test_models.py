@@ -230,3 +230,16 @@ def test_a_configuration_of_a_data_set_has_its_preset():
   plain = preset_of("tiny", "text", "imdb_reviews/plain_text:1.0.0")
   assert plain == preset_of("tiny", "text", "imdb_reviews")
   assert plain != preset_of("tiny", "text", "ag_news_subset")
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_the_teacher_of_few_iterations_is_a_preset(kind):
+  few, tiny = (preset_of(size, kind, "imdb_reviews") for size in ("few", "tiny"))
+  prepared = {"text": TEXTS, "image": IMAGES}[kind]
+  bound = [
+    build("sinkhorn", preset, prepared, seed=0).blocks[0].attention.attention_fn
+    for preset in (few, tiny)
+  ]
+  assert bound[0].keywords == {"iterations": 2, "start": "gaussian"}
+  assert bound[1] is asap_jax.sinkhorn_attention or not bound[1].keywords
+  assert few.training() == tiny.training()
