@@ -114,7 +114,7 @@ class AmortizedMultiHeadAttention(nnx.MultiHeadAttention):
     >>> layer = AmortizedMultiHeadAttention(2, 8, rngs=nnx.Rngs(0))
     >>> def loss(layer, x):
     ...   return (layer(x) ** 2).mean() + dual_loss(layer)
-    >>> gradients = nnx.grad(loss)(layer, jnp.ones((1, 6, 8)))
+    >>> gradients = nnx.jit(nnx.grad(loss))(layer, jnp.ones((1, 6, 8)))
     >>> of_map = nnx.filter_state(gradients, asap_jax.DualParam)
     >>> [leaf.shape for leaf in jax.tree.leaves(of_map)]  # directions, weights
     [(2, 1, 4), (2, 7)]

@@ -157,15 +157,18 @@ def _sinkhorn_step(name: str, problem: Problem) -> list[Candidate]:
 
 
 def _few_steps(name: str, problem: Problem) -> list[Candidate]:
-  """Few iterations from a start, in the form that is taken by default."""
+  """Few iterations from a start, in the form that is taken by default, and streamed."""
   start, _, count = name.removesuffix("_step").partition("@")
   few = functools.partial(
     asap_jax.sinkhorn_attention,
     iterations=int(count),
     start="zero" if start == "sinkhorn" else start,
   )
-  matrices = 4 * _in_flight(problem)
-  return [Candidate(name, "default", training_step(few), matrices)]
+  streamed = functools.partial(few, implementation="chunked")
+  return [
+    Candidate(name, "default", training_step(few), 4 * _in_flight(problem)),
+    Candidate(name, "chunked", training_step(streamed), 0),
+  ]
 
 
 def _peer(name: str, problem: Problem) -> list[Candidate]:

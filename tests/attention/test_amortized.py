@@ -102,14 +102,15 @@ def test_each_loss_moves_its_own():
   def task(attention, query):
     return (attention(query, KEY, VALUE) ** 2).sum()
 
-  of_map, of_query = nnx.grad(task, argnums=(0, 1))(attention, QUERY)
+  of_map, of_query = nnx.jit(nnx.grad(task, argnums=(0, 1)))(attention, QUERY)
   assert not any(leaf.any() for leaf in jax.tree.leaves(of_map))
   assert np.abs(of_query).max() > 1e-2
-  of_map, of_query = nnx.grad(loss_of, argnums=(0, 1))(attention, QUERY)
+  of_map, of_query = nnx.jit(nnx.grad(loss_of, argnums=(0, 1)))(attention, QUERY)
   assert np.abs(of_map["parameters"]["weights"][...]).max() > 1e-3
   assert not of_query.any()
 
 
+@pytest.mark.slow
 def test_gradient_of_the_task_goes_through_the_prediction():
   graph, state = nnx.split(moved(AmortizedAttention(HEADS, DIM)))
   cotangent = jnp.asarray(RANDOM.normal(size=VALUE[:, :N].shape), jnp.float32)
@@ -124,6 +125,7 @@ def test_gradient_of_the_task_goes_through_the_prediction():
   assert slope == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_padded_equals_unpadded():
   attention = moved(AmortizedAttention(HEADS, DIM))
   rows = jnp.pad(QUERY, [(0, 0), (0, 3), (0, 0), (0, 0)], constant_values=jnp.nan)
@@ -152,6 +154,7 @@ def test_padded_equals_unpadded():
     np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_matrix_of_pairs_it_is_the_same():
   def run(implementation):
     attention = moved(AmortizedAttention(HEADS, DIM, None, implementation))
@@ -167,6 +170,7 @@ def test_without_a_matrix_of_pairs_it_is_the_same():
     np.testing.assert_allclose(one, other, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_has_float32_duals():
   attention = moved(AmortizedAttention(HEADS, DIM))
   wide = attention(QUERY, KEY, VALUE)
@@ -294,6 +298,7 @@ def test_what_cannot_be_is_told():
     AmortizedAttention(HEADS, DIM)(*(x[..., :3] for x in (QUERY, KEY, VALUE)))
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop_and_jit_is_eager():
   attention = moved(AmortizedAttention(HEADS, DIM))
   graph, state = nnx.split(attention)
