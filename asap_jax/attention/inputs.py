@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from asap_jax.masses import valid_pairs, zero_invalid
@@ -79,25 +78,31 @@ class Activation:
     )
 
 
+class Sown:
+  """Keeps the weights of an attention, to be sown where it was called."""
+
+  weights: Array | None = None
+
+
 class Dropout(NamedTuple):
-  """Dropout of attention weights, and where they are sown.
+  """Dropout of attention weights, and whether they are sown.
 
   Attributes:
     rng: PRNG key, or `None`.
     rate: share of the weights to drop, zero for none.
     broadcast: whether all batch elements and heads drop the same weights.
-    module: of Flax, which the weights are sown in, or `None`.
+    sown: keeps the weights, or `None`.
   """
 
   rng: Array | None = None
   rate: float = 0.0
   broadcast: bool = True
-  module: Any = None
+  sown: Sown | None = None
 
   @property
   def needs_weights(self) -> bool:
     """Whether the weights have to be formed."""
-    return self.module is not None or self.rate > 0.0
+    return self.sown is not None or self.rate > 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +133,15 @@ class Inputs(Activation):
     Raises:
       ValueError: if dropout is active without a PRNG key.
     """
-    rng, rate, broadcast, module = self.dropout
+    rng, rate, broadcast, sown = self.dropout
     if not isinstance(plan, jax.Array):
       if not self.dropout.needs_weights:
         return self._finish(plan.apply(self.value, self.precision))
       plan = plan.dense()
     if self.is_product is not None:
       plan = jnp.where(self.is_product, plan, jnp.nan)
-    if module is not None:
-      kind = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
-      module.sow(kind, "attention_weights", plan)
+    if sown is not None:
+      sown.weights = plan
     if rate > 0.0:
       if rng is None:
         raise ValueError("dropout_rng=None: expected a PRNG key, for dropout is active")

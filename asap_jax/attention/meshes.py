@@ -7,32 +7,49 @@ local to each sequence and head, so here it need not: outside it has the right t
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jaxtyping import Array
 
 Arguments = dict[str, Any]
-# Values weighted by attention, or a pair of them and a number.
-Result = TypeVar("Result", Array, tuple[Array, Array])
+
+
+class Attended(NamedTuple):
+  """What comes of an attention.
+
+  Attributes:
+    values: `[batch..., n, heads, features]`.
+    number: that comes with them, or `None`; under explicit axes it is the same on all
+      devices, and inside of `jax.shard_map` that of each.
+    weights: to be sown, `[batch..., heads, n, m]`, or `None`.
+  """
+
+  values: Array
+  number: Array | None = None
+  weights: Array | None = None
 
 
 def on_mesh(
-  attend: Callable[[Arguments], Result], arguments: Arguments, *, is_pair: bool = False
-) -> Result:
+  attend: Callable[[Arguments], Attended],
+  arguments: Arguments,
+  *,
+  has_number: bool = False,
+  has_weights: bool = False,
+) -> Attended:
   """`attend(arguments)`, whatever their types say of a mesh.
 
   Args:
-    attend: gives values weighted by attention.
+    attend: without side effects, which would not leave a mesh.
     arguments: with `query` and `value`, whose shardings the result has.
-    is_pair: whether a number comes with them, which is the same on all devices where
-      axes are explicit, and inside of `jax.shard_map` that of each device.
+    has_number: whether `attend` gives one.
+    has_weights: likewise.
   """
   leaves, structure = jax.tree.flatten(arguments)
   places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
-  def run(*arrays: Array) -> Result:
+  def run(*arrays: Array) -> Attended:
     own = dict(zip(places, arrays, strict=True))
     given = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
     return attend(jax.tree.unflatten(structure, given))
@@ -42,11 +59,14 @@ def on_mesh(
   mesh = query.sharding.mesh
   if AxisType.Explicit in mesh.axis_types:
     # The compiler finds the shardings inside.
-    spec = PartitionSpec(*query.sharding.spec[:-1], value.sharding.spec[-1])
-    sharding: Any = NamedSharding(mesh, spec)
-    if is_pair:
-      sharding = sharding, NamedSharding(mesh, PartitionSpec())
-    return auto_axes(run, out_sharding=sharding)(*arrays)
+    *batch, rows, heads, _ = query.sharding.spec
+    sharding = functools.partial(NamedSharding, mesh)
+    shardings: list[Any] = [
+      sharding(PartitionSpec(*batch, rows, heads, value.sharding.spec[-1])),
+      sharding(PartitionSpec()) if has_number else None,
+      sharding(PartitionSpec(*batch, heads, rows, None)) if has_weights else None,
+    ]
+    return auto_axes(run, out_sharding=Attended(*shardings))(*arrays)
   varying = frozenset().union(*map(_varying, arrays))
   return _locally(run, varying, arrays) if varying else attend(arguments)
 
@@ -59,8 +79,8 @@ def _varying(array: Array) -> frozenset[str]:
 
 
 def _locally(
-  run: Callable[..., Result], axes: frozenset[str], arrays: list[Array]
-) -> Result:
+  run: Callable[..., Attended], axes: frozenset[str], arrays: list[Array]
+) -> Attended:
   """`run(*arrays)` on each device by itself, unchecked; in reverse mode only."""
   moving = [jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in arrays]
   shared = [axes - _varying(x) for x in arrays]
@@ -81,14 +101,14 @@ def _locally(
     return jax.tree.map(one, tree)
 
   @jax.custom_vjp
-  def call(*arrays: Array) -> Result:
+  def call(*arrays: Array) -> Attended:
     return typed(unchecked(lambda *each: run(*_untyped(each)))(*arrays))
 
-  def forward(*arrays: Array) -> tuple[Result, list[Array]]:
-    def local(*arrays: Array) -> tuple[Result, list[Array]]:
+  def forward(*arrays: Array) -> tuple[Attended, list[Array]]:
+    def local(*arrays: Array) -> tuple[Attended, list[Array]]:
       arrays = _untyped(arrays)
 
-      def of_moving(*moved: Array) -> Result:
+      def of_moving(*moved: Array) -> Attended:
         left = iter(moved)
         return run(
           *(next(left) if m else x for x, m in zip(arrays, moving, strict=True))
@@ -102,8 +122,8 @@ def _locally(
 
     return typed(unchecked(local)(*arrays))
 
-  def backward(kept: list[Array], out_bar: Result) -> tuple[Array | None, ...]:
-    def local(kept: list[Array], out_bar: Result) -> tuple[Array, ...]:
+  def backward(kept: list[Array], out_bar: Attended) -> tuple[Array | None, ...]:
+    def local(kept: list[Array], out_bar: Attended) -> tuple[Array, ...]:
       kept, out_bar = _untyped((kept, out_bar))
       return jax.tree.unflatten(pulls[-1], kept)(out_bar)
 

@@ -16,10 +16,18 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
-from asap_jax.attention.inputs import Dropout, Inputs, exclude, prepare, restrict
-from asap_jax.attention.meshes import on_mesh
+from asap_jax.attention.inputs import (
+  Dropout,
+  Inputs,
+  Sown,
+  exclude,
+  prepare,
+  restrict,
+)
+from asap_jax.attention.meshes import Attended, on_mesh
 from asap_jax.numerics import with_usual_promotion
 
 
@@ -170,19 +178,26 @@ def attention_fn(
       raise ValueError(
         f"bias: {core.__name__} has no logits to add it to; expected None"
       )
-    # A module may be a pytree; what it is shown has to reach itself.
-    arrays = {k: v for k, v in given.arguments.items() if k != "module"}
+    arrays = dict(given.arguments)
+    module = arrays.pop("module")
 
     @with_usual_promotion
-    def attend(arrays: dict[str, Any]) -> Any:
-      inputs = inputs_of(given.arguments | arrays, any_mask, parts)
+    def attend(arrays: dict[str, Any]) -> Attended:
+      sown = None if module is None else Sown()
+      inputs = inputs_of(arrays | {"sown": sown}, any_mask, parts)
       if inputs.query.size == 0:
         shape = *arrays["query"].shape[:-1], inputs.value.shape[-1]
         nothing = jnp.zeros(shape, inputs.value.dtype)  # of a batch without elements
-        return (nothing, jnp.zeros(())) if is_pair else nothing
-      return core(inputs, **{name: arrays[name] for name in options})
+        return Attended(nothing, jnp.zeros(()) if is_pair else None)
+      found = core(inputs, **{name: arrays[name] for name in options})
+      out, number = found if is_pair else (found, None)
+      return Attended(out, number, None if sown is None else sown.weights)
 
-    return on_mesh(attend, arrays, is_pair=is_pair)
+    found = on_mesh(attend, arrays, has_number=is_pair, has_weights=module is not None)
+    if found.weights is not None:
+      kind = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
+      module.sow(kind, "attention_weights", found.weights)
+    return (found.values, found.number) if is_pair else found.values
 
   function.__signature__ = signature  # type: ignore[attr-defined]
   return function
@@ -205,6 +220,6 @@ def inputs_of(given: dict[str, Any], any_mask: bool = False, parts: int = 1) -> 
     given["dropout_rng"] if active else None,
     rate if active else 0.0,
     given["broadcast_dropout"],
-    given["module"],
+    given.get("sown"),
   )
   return dataclasses.replace(inputs, dropout=dropout)

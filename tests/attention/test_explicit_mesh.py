@@ -63,6 +63,23 @@ FUNCTIONS = """
       for array in (out, *slopes):
         assert jax.typeof(array).sharding.spec == by_head.spec, (name, array.sharding)
 
+  def sown(x, mask):
+    layer = nnx.MultiHeadAttention(
+      2, 8, attention_fn=sinkhorn, decode=False, rngs=nnx.Rngs(0)
+    )
+    look = nnx.capture(
+      lambda layer: layer(x, mask=mask, sow_weights=True), nnx.Intermediate
+    )
+    (weights,) = jax.tree.leaves(look(layer)[1])
+    return weights * 2.0
+
+  x = jax.random.normal(keys[0], (8, 6, 8))
+  expected = jax.jit(sown)(x, mask)
+  with jax.set_mesh(mesh):
+    found = jax.jit(sown)(jax.device_put(x, by_row), placed_mask)
+  assert_equal(found, expected, "sown")
+  assert jax.typeof(found).sharding.spec[0] == "batch"
+
   def trained():
     return asap_jax.AmortizedMultiHeadAttention(2, 8, rngs=nnx.Rngs(0))
 
@@ -73,7 +90,6 @@ FUNCTIONS = """
 
     return nnx.value_and_grad(loss)(model)
 
-  x = jax.random.normal(keys[0], (8, 6, 8))
   expected = step(trained(), x)
   with jax.set_mesh(mesh):
     found = step(trained(), jax.device_put(x, by_row))
@@ -105,7 +121,7 @@ MODEL = """
   recipe = asap_jax.Recipe(slices=2, refine_steps=2)
   expected, _ = asap_jax.compile(plain, tokens, recipe, progress=False)
 
-  mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+  mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.KIND,))
   nnx.update(plain, jax.device_put(nnx.state(plain), NamedSharding(mesh, P())))
   by_row = NamedSharding(mesh, P("batch"))
   batches = [jax.device_put(batch, by_row) for batch in tokens]
@@ -135,5 +151,7 @@ def test_all_functions_equal_one_device():
 
 
 @pytest.mark.slow
-def test_models_compile_inside_of_the_mesh_and_outside():
-  assert run_on_host_devices(8, MODEL) == ["outside", "inside"]
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_models_compile_inside_of_the_mesh_and_outside(kind):
+  script = MODEL.replace("KIND", kind)
+  assert run_on_host_devices(8, script) == ["outside", "inside"]

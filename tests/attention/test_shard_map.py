@@ -56,6 +56,22 @@ SCRIPT = """
       found, expected = (step((*tokens, *learned)) for step in steps)
       for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5, err_msg=name)
+
+  layer = nnx.MultiHeadAttention(
+    2, 8, attention_fn=sinkhorn, decode=False, rngs=nnx.Rngs(0)
+  )
+  graph, state = nnx.split(layer)
+
+  def sown(state, x):
+    look = nnx.capture(lambda layer: layer(x, sow_weights=True), nnx.Intermediate)
+    (weights,) = jax.tree.leaves(look(nnx.merge(graph, state, copy=True))[1])
+    return weights
+
+  x = jax.random.normal(keys[0], (8, 6, 8))
+  spread = jax.shard_map(
+    sown, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P("batch")
+  )
+  np.testing.assert_allclose(jax.jit(spread)(state, x), sown(state, x), atol=1e-5)
   print("spread")
 """
 
