@@ -1,4 +1,4 @@
-"""Arithmetic that must not be rounded: dtypes and products."""
+"""Arithmetic that must not be rounded: dtypes, promotion and products."""
 
 import functools
 from collections.abc import Callable

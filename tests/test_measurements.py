@@ -129,7 +129,7 @@ def test_pictures_are_there_and_shown():
 
 ROWS = [
   {"method": "a", "length": 8, "accuracy": 0.126, "temp_bytes": 2**31},
-  {"method": "a", "length": 16, "accuracy": 0.3},
+  {"method": "a", "length": 16, "accuracy": 0.3, "errors": [0.5, 0.25]},
   {
     "method": "b, c",
     "length": 8,
@@ -174,6 +174,13 @@ def test_a_table_is_filled(folder):
   made = f"before\n{OPENING}{TABLE}{CLOSING}\nafter"
   assert tables.filled(page) == made
   assert tables.filled(made) == made
+
+
+@pytest.mark.parametrize(("index", "shown"), [(0, "0.50"), (1, "0.25"), (-1, "0.25")])
+def test_an_entry_of_a_list_is_shown(index, shown, folder):
+  asked = f"column: error | length=16 errors[{index}] | .2f\nrow: a | method=a\n"
+  page = f"<!-- table: one/results.json\ncolumn: attention\n{asked}-->\n{CLOSING}"
+  assert f"| a | {shown} |" in tables.filled(page)
 
 
 @pytest.mark.parametrize("place", [m.start() for m in re.finditer(r"\d", TABLE)])

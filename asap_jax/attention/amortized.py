@@ -26,7 +26,7 @@ from asap_jax.attention.implementations.dispatch import ClosedPlan
 from asap_jax.attention.implementations.iterated import iterated_duals
 from asap_jax.attention.implementations.streamed import streamed_duals
 from asap_jax.attention.inputs import Inputs
-from asap_jax.attention.layers import AsapAttention
+from asap_jax.attention.layers import AsapAttention, check_no_decoding
 from asap_jax.attention.signature import attention_fn
 from asap_jax.c_transform.entropic import Duals, marginals
 from asap_jax.dual_map.features import feature_count
@@ -132,10 +132,7 @@ class AmortizedMultiHeadAttention(nnx.MultiHeadAttention):
     decode: bool = False,
     **kwargs: Any,
   ):
-    if decode:
-      raise ValueError(
-        "decode=True: one-token decoding has no doubly stochastic form; expected False"
-      )
+    check_no_decoding(decode)
     options = {"epsilon": epsilon} | ({} if scale is None else {"scale": scale})
     dim = (qkv_features or in_features) // num_heads
     attention_fn = AmortizedAttention(num_heads, dim, options, implementation)

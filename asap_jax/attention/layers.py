@@ -64,10 +64,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     **kwargs: Any,
   ):
     check_iterations(iterations, start, tolerance=tolerance)
-    if decode:
-      raise ValueError(
-        "decode=True: one-token decoding has no doubly stochastic form; expected False"
-      )
+    check_no_decoding(decode)
     attention_fn = functools.partial(
       sinkhorn_attention,
       iterations=iterations,
@@ -85,6 +82,14 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
       attention_fn=attention_fn,
       decode=decode,
       **kwargs,
+    )
+
+
+def check_no_decoding(decode: bool) -> None:
+  """Raises ValueError where tokens are to come one by one."""
+  if decode:
+    raise ValueError(
+      "decode=True: one-token decoding has no doubly stochastic form; expected False"
     )
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from asap_jax import metrics
 from experiments.common.digits import Split, batches_of
-from experiments.common.models import loss_of_maps
+from experiments.common.models import loss_of_maps, observed
 from experiments.common.timing import temp_bytes, time_interleaved
 from experiments.common.train import accuracy
 
@@ -32,11 +32,7 @@ def measure(model: nnx.Module, test: Split) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _observed(graph: nnx.GraphDef, state: nnx.State, inputs: jax.Array):
-  trace = nnx.capture(
-    lambda model: model.states(inputs, sow_weights=True), nnx.Intermediate
-  )
-  states, sown = trace(nnx.merge(graph, state))
-  plans = jnp.stack(jax.tree.leaves(sown))
+  states, plans = observed(nnx.merge(graph, state), inputs)
   return {
     "row_error": metrics.row_error(plans).mean(),
     "column_error": metrics.column_error(plans).mean(),

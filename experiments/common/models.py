@@ -155,6 +155,17 @@ class Classifier(nnx.Module):
     return nnx.Linear(config.token_size, config.width, dtype=dtype, rngs=rngs)
 
 
+def observed(
+  model: Classifier, tokens: jax.Array, valid: jax.Array | None = None
+) -> tuple[list[jax.Array], jax.Array]:
+  """`Classifier.states`, and the plans, `[layers, batch, heads, length, length]`."""
+  look = nnx.capture(
+    lambda model: model.states(tokens, valid, sow_weights=True), nnx.Intermediate
+  )
+  states, sown = look(model)
+  return states, jnp.stack(jax.tree.leaves(sown))
+
+
 def loss_of_maps(model: nnx.Module) -> jax.Array | float:
   """What dual maps that learn in the loop add to the loss; zero without any."""
   learns = any(

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from asap_jax.metrics import column_error, masked_mean
-from experiments.common.models import loss_of_maps
+from experiments.common.models import loss_of_maps, observed
 from experiments.common.train import LOG_EVERY, TrainConfig, Watch, transformation
 from experiments.downstream.checkpoints import Checkpoints, MetricsLog
 
@@ -209,14 +209,9 @@ def error_of_columns(
   graph: nnx.GraphDef, params: nnx.State, rest: nnx.State, batch: Batch
 ) -> jax.Array:
   """Mean column error of a model's plans on a batch, over layers, heads and keys."""
-
-  def states(model):
-    tokens, valid = model.tokens(batch)
-    return model.states(tokens, valid, sow_weights=True), valid
-
-  trace = nnx.capture(states, nnx.Intermediate)
-  (_, valid), sown = trace(nnx.merge(graph, params, rest))
-  plans = jnp.stack(jax.tree.leaves(sown))
+  model = nnx.merge(graph, params, rest)
+  tokens, valid = model.tokens(batch)
+  _, plans = observed(model, tokens, valid)
   if valid is not None:
     valid = valid[:, None]
   return masked_mean(column_error(plans, valid, valid), valid)

@@ -113,23 +113,20 @@ class ClosedPlan:
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     inputs = self.inputs
     options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
-    iterate: Callable[..., Array]
-    tokens: tuple[Any, ...] = inputs.query, inputs.key, value
-    if self.gradient == "iterated":
-      exact = *tokens, self.dual, self.count, *inputs.masks
-      iterate = functools.partial(
-        iterated_attention, *exact, **options, tolerance=self.tolerance
-      )
-      if self.implementation != "cudnn":
-        return iterate()
-    tokens = *tokens, self._dual
-    if self.gradient == "streamed":
-      exact = *tokens, self.count, *inputs.masks
-      iterate = functools.partial(
-        streamed_attention, *exact, precision=precision, tolerance=self.tolerance
-      )
-      if self.implementation != "cudnn":
-        return iterate()
+    iterated = self.gradient == "iterated"
+    # The former computes a named start itself.
+    start: Any = self.dual if iterated else self._dual
+    iterate: Callable[..., Array] = functools.partial(
+      iterated_attention if iterated else streamed_attention,
+      *(inputs.query, inputs.key, value, start),
+      *(self.count, *inputs.masks),
+      precision=precision,
+      tolerance=self.tolerance,
+      **({"bias": inputs.bias} if iterated else {}),
+    )
+    if self.gradient and self.implementation != "cudnn":
+      return iterate()
+    tokens: tuple[Any, ...] = inputs.query, inputs.key, value, self._dual
     functions: dict[object, Callable[..., Array]] = {
       "xla": scaled_attention,
       "chunked": chunked_attention,

@@ -107,6 +107,28 @@ def test_compiled_models_are_closer_than_a_cut(tmp_path, small):
   assert "lot" in rows
 
 
+@pytest.mark.slow
+def test_models_that_are_only_trained(tmp_path, small, capsys):
+  out = tmp_path / "out"
+  given = ("--seeds", "0,1", "--test-limit", 32, "--train-only", "--attention")
+  call(out, *given, "gaussian@2", "amortized")
+  rows = {row["method"]: row for row in results_of(out)}
+  assert list(rows) == ["softmax", "sinkhorn", "gaussian@2", "amortized", "linear"]
+  del rows["linear"]
+  for row in rows.values():
+    assert len(row["accuracies"]) == 2
+    assert len(row["column_error_at_checks"]) == 2
+    assert "tv" not in row
+  errors = {name: row["column_error"] for name, row in rows.items()}
+  assert errors["sinkhorn"] < errors["gaussian@2"] < errors["softmax"]
+  assert "Inputs of another kind" not in capsys.readouterr().out
+  assert not (out / "frontier.png").exists()
+
+
+def results_of(out):
+  return json.loads((out / "results.json").read_text())["rows"]
+
+
 def message(capsys, out, *options):
   with pytest.raises(SystemExit):
     call(out, *options)

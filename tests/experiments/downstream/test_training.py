@@ -13,10 +13,15 @@ import time
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import small_training
 from helpers.pages import ROOT
 
+import asap_jax
+from experiments.common.models import observed
 from experiments.common.train import TrainConfig
+from experiments.downstream import training
+from experiments.downstream.models import TextEncoder
 
 # Of a process of its own.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -156,3 +161,17 @@ def test_smoothed_labels_bound_the_loss_from_below(tmp_path):
   targets = np.array([0.7 + 0.3 / 3, 0.1, 0.1])
   entropy = -(targets * np.log(targets)).sum()
   assert entropy < float(last["loss"]) < np.log(3)
+
+
+def test_errors_of_columns_leave_padding_out():
+  model = TextEncoder(small_training.SIZES, asap_jax.softmax_attention, nnx.Rngs(0))
+  batch = small_training.examples(8, 0)
+  graph, states = nnx.graphdef(model), nnx.state(model, nnx.Param, ...)
+  found = training.error_of_columns(graph, *states, batch)
+  _, plans = observed(model, batch["ids"], batch["valid"])
+  errors = [
+    np.abs(np.float64(plan)[:, :n, :n].sum(-2) - 1.0).ravel()
+    for plan, n in zip(plans[0], batch["valid"].sum(-1), strict=True)
+  ]
+  assert len({len(each) for each in errors}) > 1, "all of one length"
+  np.testing.assert_allclose(found, np.concatenate(errors).mean(), rtol=1e-5)
