@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add("--heads", type=whole(1), help="for all lengths; 8 by default")
   add("--head-dim", type=whole(1), default=64)
   add("--dtype", choices=DTYPES, help="the preset's by default")
+  add("--padded", action="store_true", help="each shape also as a padded batch")
   add("--methods", nargs="+", choices=METHODS, help="at all lengths; peers only so")
   add("--slices", type=whole(1), nargs="+", help="of asap; its parts take the first")
   add("--iterations", type=whole(1), default=20, help="of the teacher")

@@ -13,10 +13,13 @@ def curves(
 ) -> dict[tuple[str, str, int | None], list[tuple[int, float]]]:
   """`(length, value)` of every method, implementation and number of slices.
 
-  Values are divided by sequences and heads, as shapes differ in them.
+  Values are divided by sequences and heads, as shapes differ in them. Padded batches
+  are left out.
   """
   found: dict[tuple[str, str, int | None], list[tuple[int, float]]] = {}
   for row in rows:
+    if row.get("padded"):
+      continue
     key = row["method"], row["implementation"], row.get("slices")
     points = found.setdefault(key, [])
     if row[name]:  # no bytes have no logarithm
@@ -43,7 +46,8 @@ def displayed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   }
   shown = []
   for row in rows:
-    exponent = exponents[row["method"], row["implementation"], row.get("slices")]
+    key = row["method"], row["implementation"], row.get("slices")
+    exponent = None if row["padded"] else exponents[key]
     temp, ratio = row["temp_bytes"], row.get("ratio_to_softmax")
     shown.append(
       {
@@ -51,7 +55,7 @@ def displayed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         "implementation": row["implementation"],
         "slices": row.get("slices"),
         "b x h": f"{row['batch']} x {row['heads']}",
-        "length": row["length"],
+        "length": f"{row['length']}{', padded' * row['padded']}",
         "ms": _digits(row["milliseconds"]),
         "quartiles": " - ".join(map(_digits, row["quartiles"])),
         "ratio": None if ratio is None else f"{ratio:.2f}",

@@ -29,7 +29,9 @@ def measure(
     if reason is None:
       try:
         function = jax.jit(candidate.function)
-        lowered = function.lower(*problem.inputs, *candidate.arguments)
+        lowered = function.lower(
+          *problem.inputs, *candidate.arguments, mask=problem.mask
+        )
       # An implementation that cannot serve says so; nothing is run or allocated yet.
       except (ValueError, RuntimeError) as error:
         reason = str(error)
@@ -38,12 +40,14 @@ def measure(
     else:
       name = f"{candidate.method} {candidate.implementation}"
       left_out.setdefault(reason, {})[name] = None
-  size = "{} x {} x {}".format(*problem.shape)
+  size = "{} x {} x {}".format(*problem.shape) + problem.shape.padded * " padded"
   reasons = [f"skipped at {size}: {', '.join(n)}: {why}" for why, n in left_out.items()]
   compiled = _compile([lowered for _, lowered in kept], problem.device)
   laps.end("compile")
   calls = {
-    index: functools.partial(run, *problem.inputs, *candidate.arguments)
+    index: functools.partial(
+      run, *problem.inputs, *candidate.arguments, mask=problem.mask
+    )
     for index, ((candidate, _), run) in enumerate(zip(kept, compiled, strict=True))
   }
   queued = problem.device != "cpu"

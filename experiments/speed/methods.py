@@ -1,6 +1,7 @@
 """Attention functions and their parts that `experiments.speed` compares, by name.
 
-All of them take queries, keys and values `[batch, length, heads, dim]`, without masks.
+All of them take queries, keys and values `[batch, length, heads, dim]`, and a mask of
+pairs of valid tokens or `None`.
 """
 
 import functools
@@ -19,6 +20,7 @@ from experiments.speed.attentions import (
   log_sinkhorn,
   training_step,
   unrolled_sinkhorn,
+  valid_tokens,
 )
 from experiments.speed.problem import HIDDEN, Problem, random_dual_map
 
@@ -31,7 +33,7 @@ class Candidate(NamedTuple):
   Attributes:
     method: as in results.json.
     implementation: as in results.json.
-    function: of queries, keys, values and `arguments`.
+    function: of queries, keys, values and `arguments`, and `mask`.
     matrices: float32 matrices of all pairs of tokens that it holds at once, roughly.
     arguments: parameters.
     slices: of its dual map.
@@ -79,10 +81,9 @@ def _softmax(name: str, problem: Problem) -> list[Candidate]:
 def _asap(name: str, problem: Problem) -> list[Candidate]:
   linear = name == "asap_linear"
 
-  def function(implementation, query, key, value, dual_map):
-    return asap_jax.asap_attention(
-      query, key, value, dual_map=dual_map, implementation=implementation
-    )
+  def function(implementation, query, key, value, dual_map, mask=None):
+    options = {"dual_map": dual_map, "implementation": implementation}
+    return asap_jax.asap_attention(query, key, value, mask=mask, **options)
 
   return [
     Candidate(
@@ -101,12 +102,13 @@ def _asap(name: str, problem: Problem) -> list[Candidate]:
 def _part(name: str, problem: Problem) -> list[Candidate]:
   """Parts before the closure: the potentials, or all of the predicted dual."""
 
-  def potentials(query, key, value, dual_map):
+  def potentials(query, key, value, dual_map, mask=None):
     points = heads_first(query, key)
-    return asap_jax.sliced_potentials(*points, dual_map.directions)
+    masks = _masks(mask)
+    return asap_jax.sliced_potentials(*points, dual_map.directions, *masks)
 
-  def features(query, key, value, dual_map):
-    return asap_jax.predict_dual(dual_map, *heads_first(query, key))
+  def features(query, key, value, dual_map, mask=None):
+    return asap_jax.predict_dual(dual_map, *heads_first(query, key), *_masks(mask))
 
   function = {"potentials": potentials, "features": features}[name]
   dual_map = random_dual_map(problem, problem.slices[0], HIDDEN)
@@ -196,10 +198,16 @@ def _peer(name: str, problem: Problem) -> list[Candidate]:
     return [Candidate(name, "xla", attention, matrices)]
   graph, state = nnx.split(attention)
 
-  def function(query, key, value, state):
-    return nnx.merge(graph, state)(query, key, value)
+  def function(query, key, value, state, mask=None):
+    return nnx.merge(graph, state)(query, key, value, mask=mask)
 
   return [Candidate(name, "xla", function, matrices, (state,))]
+
+
+def _masks(mask: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+  """Valid queries and keys of all heads."""
+  valid = valid_tokens(mask)
+  return (None if valid is None else valid[:, None],) * 2
 
 
 def _in_flight(problem: Problem) -> float:

@@ -77,17 +77,15 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
     short = (batch, heads, length) in brief
     left_out = (*PEERS, *(FULL_ONLY if short else ()))
     methods = tuple(name for name in METHODS if name not in left_out)
-    plans.append(
-      Plan(
-        Shape(
-          args.batch or batch,
-          args.heads or heads,
-          length,
-          args.head_dim,
-          args.dtype or preset.dtype,
-        ),
-        tuple(dict.fromkeys(args.methods or methods)),
-        tuple(dict.fromkeys(args.slices or (SLICES[:1] if short else SLICES))),
-      )
+    shape = Shape(
+      args.batch or batch,
+      args.heads or heads,
+      length,
+      args.head_dim,
+      args.dtype or preset.dtype,
     )
+    methods = tuple(dict.fromkeys(args.methods or methods))
+    slices = tuple(dict.fromkeys(args.slices or (SLICES[:1] if short else SLICES)))
+    shapes = [shape, shape._replace(padded=True)] if args.padded else [shape]
+    plans += [Plan(each, methods, slices) for each in shapes]
   return plans

@@ -11,19 +11,24 @@ from asap_jax.dual_map.features import COMPILED, dual_features
 from asap_jax.dual_map.network import init_network
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.potentials.directions import gaussian
+from experiments.common.padding import pairs_of, ragged
 from experiments.speed.attentions import heads_first
 
 HIDDEN = 64  # as `asap_jax.compile` has it
 
 
 class Shape(NamedTuple):
-  """Shape of self-attention, and the dtype of its inputs."""
+  """Shape of self-attention, the dtype of its inputs, and whether they are padded.
+
+  A padded batch has sequences of a quarter of the length to all of it.
+  """
 
   batch: int
   heads: int
   length: int
   head_dim: int
   dtype: str
+  padded: bool = False
 
   @property
   def matrix_bytes(self) -> int:
@@ -37,6 +42,7 @@ class Problem(NamedTuple):
   Attributes:
     shape: of the inputs.
     inputs: queries, keys and values, normal, so that logits have deviation one.
+    mask: of pairs of valid tokens, `None` where all are valid.
     slices: numbers of slices to try; all methods but `asap` take the first.
     iterations: full iterations of the teacher.
     seed: of the dual maps.
@@ -45,6 +51,7 @@ class Problem(NamedTuple):
 
   shape: Shape
   inputs: tuple[jax.Array, jax.Array, jax.Array]
+  mask: jax.Array | None
   slices: tuple[int, ...]
   iterations: int
   seed: int
@@ -55,13 +62,15 @@ def make_problem(
   shape: Shape, slices: Sequence[int], iterations: int, seed: int
 ) -> Problem:
   """Draws the inputs."""
-  batch, heads, length, dim, dtype = shape
+  batch, heads, length, dim, dtype, padded = shape
   rngs = jax.random.split(jax.random.key(seed), 3)
   query, key, value = (
     jax.random.normal(rng, (batch, length, heads, dim)).astype(dtype) for rng in rngs
   )
   device = jax.default_backend()
-  return Problem(shape, (query, key, value), tuple(slices), iterations, seed, device)
+  mask = pairs_of(ragged(batch, length)) if padded else None
+  inputs = query, key, value
+  return Problem(shape, inputs, mask, tuple(slices), iterations, seed, device)
 
 
 def random_dual_map(problem: Problem, slices: int, hidden: int) -> DualMap:

@@ -10,6 +10,7 @@ from flax import nnx
 
 import asap_jax
 from asap_jax.teacher.starts import starting_dual
+from experiments.common.padding import pairs_of, ragged
 from experiments.common.timing import time_interleaved
 from experiments.starts.methods import STARTS
 
@@ -39,9 +40,8 @@ def _measure(shape, padded, repeats, seed):
   mask: jax.Array | None = None
   weights: tuple[jax.Array | None, ...] = (None, None)
   if padded:
-    lengths = jnp.linspace(length // 4, length, batch).astype(int)
-    valid = jnp.arange(length) < lengths[:, None]
-    mask = nnx.make_attention_mask(valid, valid, dtype=bool)
+    valid = ragged(batch, length)
+    mask = pairs_of(valid)
     weights = (valid[:, None],) * 2
   softmaxes = {
     "softmax": asap_jax.softmax_attention,

@@ -20,4 +20,5 @@ def test_curves_are_per_sequence_and_head():
   row = {"method": "softmax", "implementation": "xla", "batch": 4, "heads": 2}
   rows = [row | {"length": 64, "temp_bytes": 800}, row | {"length": 128}]
   rows[1] |= {"batch": 1, "temp_bytes": 0}
+  rows.append(rows[0] | {"padded": True, "temp_bytes": 80})
   assert display.curves(rows, "temp_bytes") == {("softmax", "xla", None): [(64, 100.0)]}

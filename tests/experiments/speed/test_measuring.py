@@ -14,6 +14,16 @@ def test_ratios_are_to_the_fastest_softmax_of_the_kind():
   assert with_ratios(rows)[3]["ratio_to_softmax"] == 2.0
 
 
+def test_padded_batches_are_compared_with_padded_softmax():
+  shape = Shape(2, 2, 8, 4, "float32", padded=True)
+  problem = make_problem(shape, (2,), iterations=3, seed=0)
+  methods = ["softmax_step", "sinkhorn_step"]
+  rows, reasons = measure(problem, methods, 3, 1.0, Laps())
+  assert {row["padded"] for row in rows} == {True}
+  assert all("ratio_to_softmax" in row for row in rows)
+  assert any("8 padded: sinkhorn_step ott_unrolled: " in each for each in reasons)
+
+
 def test_what_cannot_be_traced_is_left_out_with_its_reason():
   shape = Shape(batch=2, heads=2, length=6, head_dim=8, dtype="bfloat16")
   problem = make_problem(shape, (2,), iterations=3, seed=0)

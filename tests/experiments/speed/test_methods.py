@@ -64,6 +64,35 @@ def test_sinkhorn_yardsticks_against_float64(name):
   np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+def of_valid_tokens(problem):
+  """Softmax and log-domain Sinkhorn of each sequence's valid tokens, in float64."""
+  logits, value = logits_of(problem)
+  softmax, sinkhorn = np.zeros((2, *value.shape))
+  for b, h in np.ndindex(logits.shape[:2]):
+    n = int(np.asarray(problem.mask)[b, 0].any(-1).sum())
+    block, values = logits[b, h, :n, :n], value[b, :n, h]
+    weights = np.exp(block) / np.exp(block).sum(-1, keepdims=True)
+    softmax[b, :n, h] = weights @ values
+    duals = oracles.closures(block, np.zeros(n), 3)
+    sinkhorn[b, :n, h] = oracles.plan(block, *duals) @ values
+  return {"softmax": softmax, "sinkhorn": sinkhorn}
+
+
+def test_padded_attentions_see_valid_tokens_alone():
+  problem = problem_of(SHAPE._replace(batch=3, length=8, padded=True))
+  assert problem.mask[:, 0].any(-1).sum(-1).tolist() == [2, 5, 8]
+  wanted = of_valid_tokens(problem)
+  valid = attentions.valid_tokens(problem.mask)[..., None, None]
+  compared = []
+  for candidate in candidates(problem, ["softmax", "sinkhorn"]):
+    if candidate.implementation != "cudnn":
+      out = jax.jit(candidate.function)(*problem.inputs, mask=problem.mask)
+      found = jnp.where(valid, out, 0.0)  # of padding, jax.nn makes something
+      np.testing.assert_allclose(found, wanted[candidate.method], atol=1e-5)
+      compared.append(candidate.implementation)
+  assert compared == ["xla", "xla_blocked", "jax_nn", "ott", "log", "xla", "chunked"]
+
+
 def test_training_steps_against_finite_differences():
   problem = problem_of(Shape(1, 1, 5, 3, "float32"))
   zeros = np.zeros(5)
