@@ -30,6 +30,11 @@ def measure(model: nnx.Module, test: Split) -> dict[str, Any]:
   return {"accuracy": accuracy(model, test, BATCH), **means, "n_test": sum(sizes)}
 
 
+def column_error_of(model: nnx.Module, inputs: np.ndarray) -> float:
+  """Mean column error of the plans, over layers, heads and keys, on one batch."""
+  return float(_observed(*nnx.split(model), inputs)["column_error"])
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _observed(graph: nnx.GraphDef, state: nnx.State, inputs: jax.Array):
   states, plans = observed(nnx.merge(graph, state), inputs)

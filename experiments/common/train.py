@@ -26,6 +26,8 @@ from experiments.common.models import Encoder, EncoderConfig, loss_of_maps
 
 # Steps between looks at the metrics.
 LOG_EVERY = 20
+# At a model while it is trained.
+LOOKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +128,12 @@ def train_encoders(
   steps: int,
   *,
   needed: Sequence[str] = (),
+  look: Callable[[str, nnx.Module], None] | None = None,
 ) -> dict[str, Encoder]:
   """Encoders of digits by the names of their attentions, trained with one budget.
 
-  Those whose loss does not stay finite are left out, and the reason is printed.
+  Those whose loss does not stay finite are left out, and the reason is printed. `look`
+  is called with a name and its model after every eighth of the steps.
 
   Raises:
     FloatingPointError: if one of them is `needed`.
@@ -138,7 +142,8 @@ def train_encoders(
   for name in names:
     model, label = build(name, config, seed), f"{name}, seed {seed}"
     try:
-      train_classifier(model, split, TrainConfig(steps), seed, label, shift_digits)
+      see = None if look is None else functools.partial(look, name)
+      train_classifier(model, split, TrainConfig(steps), seed, label, shift_digits, see)
     except FloatingPointError as error:
       if name in needed:
         raise
@@ -155,10 +160,12 @@ def train_classifier(
   seed: int,
   label: str,
   augment: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+  look: Callable[[nnx.Module], None] | None = None,
 ) -> None:
   """Trains `model` in place on shuffled epochs of `split`, with a progress bar.
 
-  `augment` changes the inputs of a batch at random.
+  `augment` changes the inputs of a batch at random. `look` sees the model, in
+  evaluation mode, after every eighth of the steps.
 
   Raises:
     FloatingPointError: if the loss is not finite.
@@ -166,6 +173,7 @@ def train_classifier(
   optimizer = nnx.Optimizer(model, transformation(config), wrt=nnx.Param)
   rng = np.random.default_rng(seed)
   order = np.empty(0, int)
+  looks = {round(config.steps * part / LOOKS) for part in range(1, LOOKS + 1)}
   model.train()
   with Watch(label, config, 0) as watch:
     for step in range(1, config.steps + 1):
@@ -177,6 +185,10 @@ def train_classifier(
       )
       if step % LOG_EVERY == 0 or step == config.steps:  # reading them waits for it
         watch.read(step, *metrics)
+      if look is not None and step in looks:
+        model.eval()
+        look(model)
+        model.train()
   model.eval()
 
 

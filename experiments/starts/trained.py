@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.common.digits import digits
-from experiments.common.measuring import cost_of, measure
+from experiments.common.measuring import BATCH, column_error_of, cost_of, measure
 from experiments.common.models import EncoderConfig
 from experiments.common.results import pooled_row, with_spread
 from experiments.common.train import train_encoders
@@ -26,13 +26,21 @@ NAMES = (
 
 
 def train(seeds: Sequence[int], steps: int) -> list[dict[str, Any]]:
-  """A row for each attention: accuracy, plans and the time of a training step."""
+  """A row for each attention: accuracy, plans, over the run too, and a step's time."""
   measured: dict[str, list[dict[str, Any] | None]] = {name: [] for name in NAMES}
   for seed in seeds:
     data = digits(seed)
-    models = train_encoders(NAMES, data.train, MODEL, seed, steps, needed=NAMES)
+    errors: dict[str, list[float]] = {name: [] for name in NAMES}
+
+    def look(name, model, errors=errors, inputs=data.test.inputs[:BATCH]):
+      errors[name].append(column_error_of(model, inputs))
+
+    models = train_encoders(
+      NAMES, data.train, MODEL, seed, steps, needed=NAMES, look=look
+    )
     for name, model in models.items():
-      measured[name].append(measure(model, data.test))
+      over_the_run = {"column_error_at_checks": errors[name]}
+      measured[name].append({**measure(model, data.test), **over_the_run})
   costs = cost_of(models, data.test)
   return [
     {"part": "trained", "method": name, **pooled_row(measured[name]), **costs[name]}

@@ -80,7 +80,7 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_training_that_fails_leaves_its_seed_out(tmp_path, monkeypatch, capsys):
-  def fails(model, split, config, seed, label, augment):
+  def fails(model, split, config, seed, label, augment, look):
     if "est" in label:
       raise FloatingPointError(f"{label}: training loss is nan after step 2")
 

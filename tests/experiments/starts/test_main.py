@@ -65,6 +65,9 @@ def test_small_run(tmp_path, monkeypatch):
   assert {row["method"] for row in padded} >= {"softmax", "gaussian_low_rank"}
   models = [row for row in found["rows"] if row["part"] == "trained"]
   assert len(models[0]["column_errors"]) == starts.trained.MODEL.layers
+  # Softmax at the end of the run, on fewer images.
+  at_end = models[0]["column_error_at_checks"][-1]
+  assert at_end == pytest.approx(np.mean(models[0]["column_errors"]), rel=0.2)
 
 
 def test_teacher_needs_all_of_its_options(tmp_path, capsys):
