@@ -192,7 +192,7 @@ def gaussian_map(heads: int, dim: int) -> DualMap:
   return DualMap(jnp.ones((heads, 1, dim)), weights, FEATURES)
 
 
-@attention_fn(is_pair=True)
+@attention_fn(is_pair=True, takes_segments=True)
 def _in_training(
   inputs: Inputs,
   *,
@@ -203,9 +203,11 @@ def _in_training(
   check_heads(dual_map, inputs)
   chosen = choose_for(inputs, implementation, 1)
   gradient = gradient_for(inputs, implementation, chosen)
-  tokens = inputs.query, inputs.key, *inputs.masks
-  f = predict_dual(jax.lax.stop_gradient(dual_map), *tokens)
-  predicted = predict_dual(dual_map, *jax.lax.stop_gradient(tokens))
+  fixed = jax.lax.stop_gradient(dual_map)
+  f = inputs.by_segment(functools.partial(predict_dual, fixed))
+  predicted = inputs.by_segment(
+    lambda *tokens: predict_dual(dual_map, *jax.lax.stop_gradient(tokens))
+  )
   steps = Steps(relaxation=None, momentum=None, side="query")
   closed = ClosedPlan(inputs, f, 1, steps, chosen, gradient=gradient)
   return inputs.attend(closed), _loss(inputs, predicted, chosen)
@@ -237,7 +239,10 @@ def _closed(inputs: Inputs, f: Array, chosen: Implementation | PerPlatform) -> D
     }
     return jax.lax.platform_dependent(f, **closed)
   arguments = inputs.query, inputs.key, f, 1, *inputs.masks
+  options: dict[str, Any] = {
+    "segments": inputs.segments,
+    "precision": inputs.precision,
+  }
   if chosen == "xla" or inputs.bias is not None:
-    options: dict[str, Any] = {"bias": inputs.bias, "precision": inputs.precision}
-    return iterated_duals(*arguments, **options)
-  return streamed_duals(*arguments, precision=inputs.precision)
+    return iterated_duals(*arguments, bias=inputs.bias, **options)
+  return streamed_duals(*arguments, **options)

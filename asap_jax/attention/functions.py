@@ -6,6 +6,7 @@ head_dim]` and drops in as `attention_fn` of `nnx.MultiHeadAttention` or
 `functools.partial`. Logits and duals are float32 whatever the input's dtype.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from asap_jax.attention.signature import attention_fn
 from asap_jax.c_transform.entropic import check_closures, plan
 from asap_jax.dual_map.predict import DualMap, Steps, predict_dual
 from asap_jax.teacher.sinkhorn import sinkhorn_duals
-from asap_jax.teacher.starts import Start, check_start, starting_dual
+from asap_jax.teacher.starts import Start, check_start
 
 # Implementations of the exact iterations.
 Teacher = Literal["ott", "xla", "chunked", "cudnn"]
@@ -53,7 +54,7 @@ def softmax_attention(inputs: Inputs) -> Array:
   return inputs.attend(SoftmaxPlan(inputs))
 
 
-@attention_fn
+@attention_fn(takes_segments=True)
 def sinkhorn_attention(
   inputs: Inputs,
   *,
@@ -131,9 +132,8 @@ def sinkhorn_attention(
     return inputs.attend(_by_ott(inputs, iterations, start, relaxation))
   named = None if implementation == "ott" else implementation
   chosen = choose_for(inputs, named, iterations, stops=tolerance is not None)
-  tokens = inputs.query, inputs.key, *inputs.masks
   if iterations == 0:
-    g = starting_dual(start, *tokens, side="key")
+    g = inputs.starting_dual(start, "key")
     steps = Steps(relaxation=None, momentum=None, side="key")
     return inputs.attend(ClosedPlan(inputs, g, 0, steps, chosen))
   steps = Steps(
@@ -154,7 +154,7 @@ def _by_ott(inputs: Inputs, iterations: int, start: Start, relaxation: float) ->
       f"relaxation={relaxation} with implementation='ott': OTT-JAX's iterations are "
       "plain here; pass implementation=None"
     )
-  f = starting_dual(start, inputs.query, inputs.key, *inputs.masks)
+  f = inputs.starting_dual(start)
   duals = sinkhorn_duals(inputs.logits, iterations, *inputs.masks, init=f)
   return plan(inputs.logits, duals, *inputs.masks)
 
@@ -196,7 +196,7 @@ def check_iterations(
     )
 
 
-@attention_fn
+@attention_fn(takes_segments=True)
 def asap_attention(
   inputs: Inputs,
   *,
@@ -234,7 +234,7 @@ def asap_attention(
   check_heads(dual_map, inputs)
   check_closures(dual_map.closures, **dual_map.steps)
   chosen = choose_for(inputs, implementation, dual_map.closures)
-  dual = predict_dual(dual_map, inputs.query, inputs.key, *inputs.masks)
+  dual = inputs.by_segment(functools.partial(predict_dual, dual_map))
   closed = ClosedPlan(inputs, dual, dual_map.closures, dual_map.steps, chosen, dual_map)
   return inputs.attend(closed)
 

@@ -1,18 +1,21 @@
 """Arguments of an attention function, checked and laid out; and its last step.
 
-`prepare` puts heads in front, `restrict` and `exclude` take the mask apart, and
+`prepare` puts heads in front, `asap_jax.attention.masks` takes the mask apart, and
 `Inputs.attend` applies a plan to the values.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from asap_jax.masses import valid_pairs, zero_invalid
+from asap_jax.c_transform.segments import by_segment
+from asap_jax.masses import Side, valid_pairs
+from asap_jax.teacher.starts import Start, starting_dual
 
 
 @runtime_checkable
@@ -37,10 +40,13 @@ class Activation:
     key: `[batch..., heads, m, dim]`, one per query head; zero at absent keys.
     bias: added to query key^T, broadcast to `[batch..., heads, n, m]`, or `None`.
     query_mask: valid queries, `[batch..., heads or 1, n]`, or `None` for all.
-    key_mask: valid keys, `[batch..., heads or 1, m]`, or `None` for all.
-    is_product: per element, whether the mask was the outer product of the two; `None`
-      where that is known.
+    key_mask: valid keys, `[batch..., heads or 1, m]`, or `None` for all; of packed
+      sequences their masses.
+    is_product: per element, whether the mask was the outer product of the two, or that
+      of segments; `None` where that is known.
+    segments: of packed sequences, `[batch..., heads or 1, n]` and `m`, or `None`.
     precision: of the products (static).
+    max_segments: most of one element, where that is known (static).
   """
 
   query: Any
@@ -49,7 +55,9 @@ class Activation:
   query_mask: Any = None
   key_mask: Any = None
   is_product: Any = None
+  segments: Any = None
   precision: Any = dataclasses.field(default=None, metadata={"static": True})
+  max_segments: int | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def masks(self) -> tuple[Array | None, Array | None]:
@@ -58,9 +66,10 @@ class Activation:
 
   @property
   def logits(self) -> Float[Array, "*batch heads n m"]:
-    """S = query key^T + bias."""
-    bias = self.bias_of_pairs
-    return self.products if bias is None else self.products + bias
+    """S = query key^T + bias, far below all others between segments."""
+    bias, segments = self.bias_of_pairs, self.segments
+    logits = self.products if bias is None else self.products + bias
+    return logits if segments is None else logits + segments.log_kernel
 
   @property
   def bias_of_pairs(self) -> Array | None:
@@ -69,6 +78,29 @@ class Activation:
     if self.bias is None or pairs is None:
       return self.bias
     return jnp.where(pairs, self.bias, jnp.zeros((), self.bias.dtype))
+
+  def by_segment(self, function: Callable[..., Array]) -> Array:
+    """What a function of queries, keys and their masks gives: of each packed sequence.
+
+    Raises:
+      ValueError: if sequences are packed and nobody knows how many there are at most.
+    """
+    if self.segments is None:
+      return function(self.query, self.key, *self.masks)
+    if self.max_segments is None:
+      raise ValueError(
+        "max_segments=None with segment_ids whose values are not known under jit, and "
+        "an attention that looks at each segment by itself: expected a number"
+      )
+    of_tokens = functools.partial(function, self.query, self.key)
+    return by_segment(of_tokens, self.segments, self.max_segments)
+
+  def starting_dual(self, start: Start, side: Side = "query") -> Array:
+    """The dual of a start's name, of each packed sequence by itself."""
+    named = functools.partial(starting_dual, start, side=side)
+    if start == "zero":
+      return named(self.query, self.key)  # of whatever segments
+    return self.by_segment(named)
 
   @property
   def products(self) -> Float[Array, "*batch heads n m"]:
@@ -184,7 +216,7 @@ def prepare(
     raise ValueError(f"epsilon={epsilon}: expected a positive number")
   if bias is not None:
     *batch, n, heads, _ = query.shape
-    _check_broadcast("bias", bias, (*batch, heads, n, key.shape[-3]))
+    check_broadcast("bias", bias, (*batch, heads, n, key.shape[-3]))
   heads, dim = query.shape[-2:]
   if dtype is None:
     dtype = jnp.result_type(query, key, value)
@@ -211,65 +243,6 @@ def prepare(
   )
 
 
-def restrict(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
-  """Inputs with the valid queries and keys of a doubly stochastic plan.
-
-  Raises:
-    ValueError: for causal use, one-token decoding, or a mask that is not the outer
-      product of valid queries and valid keys.
-  """
-  n, m = inputs.query.shape[-2], inputs.key.shape[-2]
-  if is_causal:
-    raise ValueError(
-      "is_causal=True: a causal doubly stochastic matrix is the identity (row 1 must "
-      "put all its mass on column 1, and so on); use softmax_attention in causal layers"
-    )
-  if n == 1 and m > 1:
-    raise ValueError(
-      f"query has one token, key {m}: the doubly stochastic plan of a single query is "
-      "uniform whatever its content, so one-token decoding has no doubly stochastic "
-      "form; use softmax_attention in decoders"
-    )
-  if mask is None:
-    return inputs
-  _check_mask(mask, inputs)
-  query_mask, key_mask, is_product = _split_mask(mask, n, m)
-  inputs = _zero_absent(inputs, query_mask, key_mask)
-  return dataclasses.replace(
-    inputs, query_mask=query_mask, key_mask=key_mask, is_product=is_product
-  )
-
-
-def exclude(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:
-  """Inputs with the pairs that may attend, for functions that take any mask."""
-  n, m = inputs.query.shape[-2], inputs.key.shape[-2]
-  if mask is not None:
-    _check_mask(mask, inputs)
-  allowed = None if mask is None else mask != 0
-  if is_causal:
-    causal = jnp.tril(jnp.ones((n, m), bool))
-    allowed = causal if allowed is None else allowed & causal
-  if allowed is None:
-    return inputs
-  allowed = jnp.broadcast_to(allowed, (*allowed.shape[:-2], n, m))
-  inputs = _zero_absent(inputs, allowed.any(-1), allowed.any(-2))
-  return dataclasses.replace(inputs, allowed=allowed)
-
-
-def _zero_absent(inputs: Inputs, queries: Array, keys: Array) -> Inputs:
-  """Inputs with zeros at tokens that take no part.
-
-  Padding may hold anything, NaN included: none of it may reach a gradient.
-  """
-  return dataclasses.replace(
-    inputs,
-    query=zero_invalid(inputs.query, queries, axis=-2),
-    unscaled=zero_invalid(inputs.unscaled, queries, axis=-2),
-    key=zero_invalid(inputs.key, keys, axis=-2),
-    value=zero_invalid(inputs.value, keys, axis=-2),
-  )
-
-
 def _check_shapes(query: Array, key: Array, value: Array) -> None:
   shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
   if not query.ndim == key.ndim == value.ndim or query.ndim < 3:
@@ -288,21 +261,7 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
     )
 
 
-def _check_mask(mask: Array, inputs: Inputs) -> None:
-  _check_broadcast("mask", mask, (*inputs.query.shape[:-1], inputs.key.shape[-2]))
-  if mask.dtype == jnp.bool_ or isinstance(mask, jax.core.Tracer):
-    return
-  # In NumPy: inside of jit JAX would trace what is done with a constant too.
-  values = np.asarray(mask)
-  if not np.isin(values, (0, 1)).all():
-    raise ValueError(
-      f"mask of dtype {mask.dtype} has values from {values.min()} to {values.max()}: "
-      "expected true or 1 where a query may attend to a key, and false or 0 elsewhere; "
-      "what is to be added to the logits is passed as bias"
-    )
-
-
-def _check_broadcast(name: str, array: Array, expected: tuple[int, ...]) -> None:
+def check_broadcast(name: str, array: Array, expected: tuple[int, ...]) -> None:
   """Raises ValueError unless an array broadcasts to the pairs of all heads."""
   fits = array.ndim <= len(expected) and all(
     own in (1, wanted)
@@ -313,34 +272,3 @@ def _check_broadcast(name: str, array: Array, expected: tuple[int, ...]) -> None
       f"{name} has shape {array.shape}: expected one that broadcasts to [batch..., "
       f"heads, n, m] = {expected}"
     )
-
-
-def _split_mask(mask: Array, n: int, m: int) -> tuple[Array, Array, Array | None]:
-  """Valid queries, valid keys, and whether the mask is their outer product."""
-  if mask.ndim < 3 or mask.shape[-2] not in (1, n) or mask.shape[-1] not in (1, m):
-    raise ValueError(
-      f"mask has shape {mask.shape}: expected [batch..., heads or 1, {n}, {m}]"
-    )
-  if 1 in mask.shape[-2:] and n == m > 1:
-    raise ValueError(
-      f"mask has shape {mask.shape}, which speaks of one side alone: padding must be "
-      "excluded from queries and keys, so pass nnx.make_attention_mask(query_valid, "
-      "key_valid)"
-    )
-  mask = mask != 0
-  queries, keys = mask.any(-1), mask.any(-2)
-  is_product = None
-  if 1 not in mask.shape[-2:]:
-    product = queries[..., :, None] & keys[..., None, :]
-    is_product = (mask == product).all((-2, -1), keepdims=True)
-    if not isinstance(is_product, jax.core.Tracer):
-      if not is_product.all():
-        raise ValueError(
-          "mask is not the outer product of valid queries and valid keys: a causal or "
-          "block mask has no doubly stochastic plan in general; pass "
-          "nnx.make_attention_mask(query_valid, key_valid)"
-        )
-      is_product = None
-  queries = jnp.broadcast_to(queries, (*queries.shape[:-1], n))
-  keys = jnp.broadcast_to(keys, (*keys.shape[:-1], m))
-  return queries, keys, is_product

@@ -19,14 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from asap_jax.attention.inputs import (
-  Dropout,
-  Inputs,
-  Sown,
-  exclude,
-  prepare,
-  restrict,
-)
+from asap_jax.attention.inputs import Dropout, Inputs, Sown, prepare
+from asap_jax.attention.masks import Ids, exclude, restrict
 from asap_jax.attention.meshes import Attended, on_mesh
 from asap_jax.numerics import with_usual_promotion
 
@@ -56,6 +50,8 @@ class AttentionFn(Protocol):
     *,
     scale: float | None = None,
     epsilon: float | jax.Array = 1.0,
+    segment_ids: Ids | None = None,
+    max_segments: int | None = None,
     **options: Any,
   ) -> jax.Array:
     """Values weighted by attention; the arguments that all functions here share.
@@ -83,12 +79,22 @@ class AttentionFn(Protocol):
       scale: of the logits, 1 / sqrt(dim) by default.
       epsilon: entropic regularisation, or temperature: the logits are divided by it. It
         may be traced, and has a gradient.
+      segment_ids: of packed sequences, integers `[batch..., length]`, or a pair of them
+        for queries and keys: tokens see those of the same number, counted from one, and
+        zero is padding. The plan of each segment is the one it has by itself. In place
+        of a mask. Some functions do not take them, and say so.
+      max_segments: most segments of one element of the batch, which has to be known
+        under jit where each is looked at by itself (a Gaussian start, a dual map). With
+        it a mask of pairs is taken for that of segments, as
+        `nnx.make_attention_mask(ids, ids, jnp.equal)` is, which is how Flax's layers
+        pass them on: bind it.
       **options: a function's own, which its docstring describes.
 
     Returns:
       `[batch..., n, heads, features]`, zero at queries that may attend to nothing.
       Under jit, where a mask's values cannot be checked, an element whose mask is not
-      the outer product that a doubly stochastic function needs is NaN.
+      the outer product that a doubly stochastic function needs, or has too many
+      segments, is NaN.
 
     Raises:
       ValueError: if shapes do not fit or an argument must be `None`; of doubly
@@ -136,6 +142,7 @@ def attention_fn(
   *,
   any_mask: bool = False,
   takes_bias: bool = True,
+  takes_segments: bool = False,
   parts: int = 1,
   is_pair: bool = False,
 ) -> Any:
@@ -146,6 +153,7 @@ def attention_fn(
     any_mask: whether masks other than an outer product of valid tokens, causal ones
       included, make sense.
     takes_bias: whether a bias of the logits does.
+    takes_segments: whether it serves packed sequences; those that take any mask do.
     parts: parts that queries and keys are cut into; the default scale is that of one.
     is_pair: whether the core returns a number beside the values.
 
@@ -157,6 +165,7 @@ def attention_fn(
       attention_fn,
       any_mask=any_mask,
       takes_bias=takes_bias,
+      takes_segments=takes_segments,
       parts=parts,
       is_pair=is_pair,
     )
@@ -178,6 +187,12 @@ def attention_fn(
       raise ValueError(
         f"bias: {core.__name__} has no logits to add it to; expected None"
       )
+    for argument in ("segment_ids", "max_segments"):
+      if given.arguments[argument] is not None and not (takes_segments or any_mask):
+        raise ValueError(
+          f"{argument}: {core.__name__} does not serve packed sequences; expected "
+          "None, and each sequence in an element of the batch"
+        )
     arrays = dict(given.arguments)
     module = arrays.pop("module")
 
@@ -210,8 +225,11 @@ def inputs_of(given: dict[str, Any], any_mask: bool = False, parts: int = 1) -> 
     scale = (given["query"].shape[-1] / parts) ** -0.5
   names = ("query", "key", "value", "bias", "dtype", "precision", "epsilon")
   inputs = prepare(**{name: given[name] for name in names}, scale=scale)
-  take = exclude if any_mask else restrict
-  inputs = take(inputs, given["mask"], given["is_causal"])
+  told = given["mask"], given["is_causal"], given["segment_ids"]
+  if any_mask:
+    inputs = exclude(inputs, *told)
+  else:
+    inputs = restrict(inputs, *told, given["max_segments"])
   active = not given["deterministic"]
   rate = given["dropout_rate"]
   if not isinstance(rate, jax.core.Tracer) and not 0 <= rate <= 1:

@@ -16,10 +16,10 @@ from asap_jax.c_transform.entropic import (
 )
 from asap_jax.masses import valid_pairs
 from asap_jax.numerics import exact_einsum
-from asap_jax.teacher.starts import Start, starting_dual
+from asap_jax.teacher.starts import Start
 
 
-@attention_fn
+@attention_fn(takes_segments=True)
 def kernel_sinkhorn_attention(inputs: Inputs, *, iterations: int = 20) -> Array:
   r"""Sinkhorn's iterations on the kernel $K = \exp(S)$: OTT-JAX's `lse_mode=False`.
 
@@ -68,7 +68,7 @@ def _divide(marginal: Array, total: Array) -> Array:
   return marginal / jnp.where(total > 0, total, 1.0)
 
 
-@attention_fn
+@attention_fn(takes_segments=True)
 def sinkformer_attention(
   inputs: Inputs, *, half_steps: int = 3, start: Start = "zero"
 ) -> Array:
@@ -96,7 +96,7 @@ def sinkformer_attention(
   if half_steps < 1:
     raise ValueError(f"half_steps={half_steps}: expected at least one")
   logits, masks = inputs.logits, (inputs.query_mask, inputs.key_mask)
-  g = starting_dual(start, inputs.query, inputs.key, *masks, side="key")
+  g = inputs.starting_dual(start, "key")
   duals = Duals(c_transform(logits, g, *masks, to="query"), g)
   if half_steps > 2:
     duals = closures(logits, duals.f, (half_steps - 1) // 2, *masks)

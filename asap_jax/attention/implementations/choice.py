@@ -94,7 +94,12 @@ def choose_for(
   if implementation is not None and inputs.dropout.needs_weights:
     _check_name(implementation)
     return implementation
-  options = {"bias": inputs.bias, "scale": inputs.scale, "count": count}
+  options = {
+    "bias": inputs.bias,
+    "scale": inputs.scale,
+    "count": count,
+    "packed": inputs.segments is not None,
+  }
   tokens = *narrow(inputs), inputs.value
 
   def chosen(platform: str | None) -> Implementation:
@@ -133,6 +138,7 @@ def choose(
   bias: Array | None = None,
   scale: Any = 1.0,
   count: int = 1,
+  packed: bool = False,
   platform: str | None = None,
 ) -> Implementation:
   """The implementation that serves these arguments: the one named, or the best.
@@ -150,6 +156,7 @@ def choose(
     bias: added to the logits, or `None`.
     scale: of the logits.
     count: closures.
+    packed: whether there are segments, which cuDNN's form does not know.
     platform: `"cpu"`, `"cuda"` (or `"gpu"`), `"tpu"`; by default that of the queries'
       device, and inside of jit, where they have none, of JAX's default device.
 
@@ -163,6 +170,8 @@ def choose(
     return implementation
   platform = platform or _platform(query)
   reason = unsupported(query, key, value, bias, scale)
+  if packed:
+    reason = "packed sequences; pass implementation='chunked' or 'xla'"
   reason = reason or _no_cudnn(
     platform, query.dtype, head_dim(query.shape[-1], value.shape[-1])
   )

@@ -25,6 +25,7 @@ from asap_jax.c_transform.entropic import (
   check_closures,
   marginals,
 )
+from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, Side, check_weights, zero_invalid
 from asap_jax.numerics import float_dtype
 
@@ -48,6 +49,8 @@ class _Problem(NamedTuple):
   relaxation: Array | None
   momentum: Array | None
   bias: Array | None  # `[batch or 1..., n or 1, m or 1]`
+  query_segments: Array | None = None
+  key_segments: Array | None = None
 
 
 def chunked_attention(
@@ -60,6 +63,7 @@ def chunked_attention(
   key_weights: Masses = None,
   *,
   bias: Float[Array, "..."] | None = None,
+  segments: Segments | None = None,
   relaxation: Float[Array, "..."] | None = None,
   momentum: Float[Array, "..."] | None = None,
   side: Side = "query",
@@ -82,6 +86,7 @@ def chunked_attention(
     query_weights: likewise.
     key_weights: likewise.
     bias: likewise; read chunk by chunk and never broadcast.
+    segments: likewise.
     relaxation: likewise.
     momentum: likewise.
     side: likewise.
@@ -119,6 +124,11 @@ def chunked_attention(
     momentum=momentum,
     bias=bias,
   )
+  if segments is not None:
+    problem = problem._replace(
+      query_segments=jnp.broadcast_to(segments.query, (*batch, n)),
+      key_segments=jnp.broadcast_to(segments.key, (*batch, m)),
+    )
   attend = functools.partial(_attend, count=count, side=side, precision=precision)
   return jax.lax.platform_dependent(
     problem,
@@ -136,7 +146,7 @@ def _attend(
   budget: int,
 ) -> Array:
   """`chunked_attention` with about `budget` scores at a time."""
-  query, key, value, dual, rows, columns, relaxation, momentum, bias = problem
+  query, key, value, dual, rows, columns, relaxation, momentum, bias, *ids = problem
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
   least = max(n, m) * min(max(n, m), _LEAST_CHUNK)
   if batch and math.prod(batch) * least > budget:
@@ -148,6 +158,7 @@ def _attend(
     }
     attend = functools.partial(_attend, **options)
     return _by_groups(attend, problem, budget // (math.prod(batch[1:]) * least))
+  segments = _segments(*ids)
   product = functools.partial(jnp.einsum, precision=precision)
   by_chunks = functools.partial(_by_chunks, budget=budget // max(math.prod(batch), 1))
 
@@ -168,6 +179,9 @@ def _attend(
       # A bias between absent points may hold anything.
       pairs = (jnp.take(here, positions, -1) > 0)[..., None] & (there > 0)[..., None, :]
       logits = jnp.where(pairs, logits + biases, 0.0)
+    if segments is not None:
+      own, others = segments if source == "key" else segments[::-1]
+      logits = logits + Segments(jnp.take(own, positions, -1), others).log_kernel
     return logits + jnp.where(there > 0, dual, LOG_ZERO)[..., None, :]
 
   def transform(dual, source):
@@ -208,6 +222,10 @@ def _attend(
     g = transform(f, "query")
   out = by_chunks(values, query, m)
   return jnp.where(rows[..., None] > 0, rows[..., None] * out, 0.0).astype(value.dtype)
+
+
+def _segments(query: Array | None, key: Array | None) -> Segments | None:
+  return None if query is None or key is None else Segments(query, key)
 
 
 def _by_chunks(

@@ -30,7 +30,7 @@ from asap_jax.attention.implementations.xla import (
 from asap_jax.attention.inputs import Inputs
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.dual_map.predict import DualMap, Steps
-from asap_jax.teacher.starts import Start, starting_dual
+from asap_jax.teacher.starts import Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,7 @@ class ClosedPlan:
   @property
   def _dual(self) -> Array:
     if isinstance(self.dual, str):
-      inputs = self.inputs
-      return starting_dual(self.dual, inputs.query, inputs.key, *inputs.masks)
+      return self.inputs.starting_dual(self.dual)
     return self.dual
 
   def apply(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
@@ -92,6 +91,8 @@ class ClosedPlan:
     dual_map, inputs = self.dual_map, self.inputs
     if dual_map is None or dual_map.network is not None or self.implementation != "xla":
       return close(value)
+    if inputs.segments is not None:
+      return close(value)  # their duals are predicted one after another
     n, m = inputs.query.shape[-2], inputs.key.shape[-2]
     # With masks, or from the key side, XLA does not fuse prediction and closures.
     fuses = all(mask is None for mask in inputs.masks) and dual_map.side == "query"
@@ -112,16 +113,22 @@ class ClosedPlan:
 
   def _close(self, value: Array, precision: jax.lax.PrecisionLike) -> Array:
     inputs = self.inputs
-    options: dict[str, Any] = {"bias": inputs.bias, "precision": precision}
+    segments = inputs.segments
+    options: dict[str, Any] = {
+      "bias": inputs.bias,
+      "precision": precision,
+      "segments": segments,
+    }
     iterated = self.gradient == "iterated"
-    # The former computes a named start itself.
-    start: Any = self.dual if iterated else self._dual
+    # The former computes a named start itself, of one sequence.
+    start: Any = self.dual if iterated and segments is None else self._dual
     iterate: Callable[..., Array] = functools.partial(
       iterated_attention if iterated else streamed_attention,
       *(inputs.query, inputs.key, value, start),
       *(self.count, *inputs.masks),
       precision=precision,
       tolerance=self.tolerance,
+      segments=segments,
       **({"bias": inputs.bias} if iterated else {}),
     )
     if self.gradient and self.implementation != "cudnn":
@@ -135,6 +142,7 @@ class ClosedPlan:
     if attend is cudnn_attention:
       tokens = *narrow(inputs), *tokens[2:]
       options["scale"] = inputs.scale
+      del options["segments"]  # there are none (`choose`)
     if self.gradient:
       # Nothing of it is kept where a gradient is asked for.
       tokens = jax.lax.stop_gradient(tokens)

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax.attention.implementations.blocks import in_cache
-from asap_jax.attention.implementations.xla import scaled_attention
+from asap_jax.attention.implementations.xla import logits_of, scaled_attention
 from asap_jax.c_transform.entropic import Duals, marginals, plan
 from asap_jax.c_transform.iterates import Iterates, scaled_iterates
+from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, valid_pairs, zero_invalid
 from asap_jax.numerics import with_usual_promotion
 from asap_jax.teacher.gradient import (
@@ -30,6 +31,9 @@ from asap_jax.teacher.gradient import (
 )
 from asap_jax.teacher.starts import Start, starting_dual
 
+# Of queries, keys, values, dual, masses of both, bias, and segments of both: axes
+# behind those of the batch.
+_OWN = 2, 2, 2, 1, 1, 1, 2, 1, 1
 # Of a block: more than one matrix of 512 tokens gains nothing, and takes memory.
 _PAIRS = 2**18
 
@@ -60,6 +64,7 @@ def iterated_attention(
   key_weights: Masses = None,
   *,
   bias: Float[Array, "..."] | None = None,
+  segments: Segments | None = None,
   precision: jax.lax.PrecisionLike = None,
   tolerance: float | None = None,
   forward: Float[Array, "*batch n features"] | None = None,
@@ -81,6 +86,7 @@ def iterated_attention(
     query_weights: likewise.
     key_weights: likewise.
     bias: likewise.
+    segments: likewise; they need a dual that is given.
     precision: likewise.
     tolerance: see `asap_jax.c_transform.iterates.scaled_iterates`.
     forward: the result, if it is computed elsewhere; it is not differentiated.
@@ -90,7 +96,8 @@ def iterated_attention(
   """
   name = start if isinstance(start, str) else None
   dual = None if name else start
-  inputs = _arguments(query, key, value, dual, query_weights, key_weights, bias)
+  weights = query_weights, key_weights
+  inputs = _arguments(query, key, value, dual, *weights, bias, segments)
   options = _Options(iterations, tolerance, precision, name)
   return _attend(options, forward, *inputs)
 
@@ -126,23 +133,25 @@ def iterated_duals(
   key_weights: Masses = None,
   *,
   bias: Float[Array, "..."] | None = None,
+  segments: Segments | None = None,
   precision: jax.lax.PrecisionLike = None,
 ) -> Duals:
   """The last duals of plain iterations, for which no gradient is defined.
 
   Arguments are those of `iterated_attention`. Works under jit and vmap.
   """
-  arguments = _arguments(query, key, key, start, query_weights, key_weights, bias)
+  weights = query_weights, key_weights
+  arguments = _arguments(query, key, key, start, *weights, bias, segments)
 
-  def block(query, key, _, start, rows, columns, bias):
-    logits = _logits(query, key, bias, precision)
+  def block(query, key, _, start, rows, columns, *pairs):
+    logits = logits_of(query, key, pairs, precision)
     return scaled_iterates(logits, start, iterations, rows, columns)[0].duals
 
   arguments = jax.lax.stop_gradient(arguments)
-  return _in_blocks(block, arguments, (2, 2, 2, 1, 1, 1, 2))
+  return _in_blocks(block, arguments, _OWN)
 
 
-def _arguments(query, key, value, start, query_weights, key_weights, bias):
+def _arguments(query, key, value, start, query_weights, key_weights, bias, segments):
   """What blocks are made of: masks as masses, and absent points and pairs zero."""
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
   weights = _masses(query_weights, batch, n), _masses(key_weights, batch, m)
@@ -157,7 +166,7 @@ def _arguments(query, key, value, start, query_weights, key_weights, bias):
   )
   if start is not None:
     start = zero_invalid(start, weights[0])
-  return query, key, value, start, *weights, bias
+  return query, key, value, start, *weights, bias, *(segments or (None, None))
 
 
 def _masses(weights: Masses, batch: Sequence[int], size: int) -> Masses:
@@ -175,24 +184,25 @@ def _attend(options, forward, *arguments):
   if options.tolerance is not None:
     return _attend_and_keep(options, *arguments)[0].astype(arguments[2].dtype)
 
-  def attend(query, key, value, start, rows, columns, bias):
+  def attend(query, key, value, start, rows, columns, bias, *segments):
     start = options.starting(start, query, key, rows, columns)
     given: dict[str, Any] = {"bias": bias, "precision": options.precision}
+    given["segments"] = None if segments[0] is None else Segments(*segments)
     return scaled_attention(
       query, key, value, start, options.iterations, rows, columns, **given
     )
 
   if options.start is None:
     return attend(*arguments)
-  return _in_blocks(attend, arguments, (2, 2, 2, 1, 1, 1, 2))
+  return _in_blocks(attend, arguments, _OWN)
 
 
 def _attend_and_keep(options, *arguments):
   """The result, the duals at last and those of all iterations, which come last."""
   iterations, tolerance, precision, _ = options
 
-  def block(query, key, value, start, rows, columns, bias):
-    logits = _logits(query, key, bias, precision)
+  def block(query, key, value, start, rows, columns, *pairs):
+    logits = logits_of(query, key, pairs, precision)
     start = options.starting(start, query, key, rows, columns)
     scaled, iterates = scaled_iterates(
       logits, start, iterations, rows, columns, tolerance=tolerance
@@ -203,7 +213,7 @@ def _attend_and_keep(options, *arguments):
     # Blocks have the batch in front.
     return out, scaled.duals, jax.tree.map(_iterations_last, iterates)
 
-  return _in_blocks(block, arguments, (2, 2, 2, 1, 1, 1, 2))
+  return _in_blocks(block, arguments, _OWN)
 
 
 def _attend_forward(options, forward, *arguments):
@@ -216,7 +226,8 @@ def _attend_forward(options, forward, *arguments):
 
 @with_usual_promotion
 def _attend_backward(options, residuals, out_bar):
-  def block(query, key, value, rows, columns, bias, out, f, g, fs, gs, active, out_bar):
+  def block(query, key, value, rows, columns, *rest):
+    *pairs, out, f, g, fs, gs, active, out_bar = rest
     shape = *query.shape[:-1], key.shape[-2]
     sums = functools.partial(marginals, shape=shape, dtype=f.dtype)
     of_plan, to_weights = jax.vjp(sums, rows, columns)
@@ -224,7 +235,7 @@ def _attend_backward(options, residuals, out_bar):
     iterates = jax.tree.map(_iterations_first, Iterates(fs, gs, active))
     wide, out_bar = (x.astype(out.dtype) for x in (value, out_bar))
     passed = *of_plan, duals, iterates
-    given = query, key, wide, bias, out, out_bar
+    given = query, key, wide, pairs, out, out_bar
     function = functools.partial(_block_cotangents, options.precision)
     of_query, of_key, of_value, of_start, a, b, of_bias = by_domain(
       function, in_range(*passed), passed, given
@@ -240,22 +251,23 @@ def _attend_backward(options, residuals, out_bar):
     return of_query, of_key, of_value, of_start, of_rows, of_columns, of_bias
 
   arguments, (out, duals, iterates) = residuals
-  query, key, value, _, rows, columns, bias = arguments
-  given = query, key, value, rows, columns, bias, out, *duals, *iterates, out_bar
-  own = 2, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2, 2, 2
+  query, key, value, _, *rest = arguments
+  given = query, key, value, *rest, out, *duals, *iterates, out_bar
+  own = (*_OWN[:3], *_OWN[4:], 2, 1, 1, 2, 2, 2, 2)
   found = _in_blocks(block, given, own)
+  *moving, _, _ = arguments
   bars = [
     None if bar is None else bar.astype(argument.dtype)
-    for bar, argument in zip(found, arguments, strict=True)
+    for bar, argument in zip(found, moving, strict=True)
   ]
-  return None, *bars
+  return None, *bars, None, None  # segments are none that moves
 
 
 def _block_cotangents(precision, domain, passed, given):
   """Of queries, keys, values, start, sums of rows and of columns, and bias."""
-  query, key, value, bias, out, out_bar = given
+  query, key, value, pairs, out, out_bar = given
   einsum = functools.partial(jnp.einsum, precision=precision)
-  iterations = Iterations(_logits(query, key, bias, precision), *passed)
+  iterations = Iterations(logits_of(query, key, pairs, precision), *passed)
   value_bar = einsum("...nm,...nv->...mv", iterations.plan(), out_bar)
   # Sums of the plan times its cotangent, without that.
   bars = Duals((out_bar * out).sum(-1), (value * value_bar).sum(-1))
@@ -267,7 +279,7 @@ def _block_cotangents(precision, domain, passed, given):
     found.start,
     found.a,
     found.b,
-    None if bias is None else found.logits,
+    None if pairs[0] is None else found.logits,
   )
 
 
@@ -300,11 +312,6 @@ def _plan_backward(iterations, tolerance, residuals, plan_bar):
 
 
 _plan.defvjp(_plan_forward, _plan_backward)
-
-
-def _logits(query, key, bias, precision):
-  products = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
-  return products if bias is None else products + bias
 
 
 def _in_blocks(function, arguments, own):

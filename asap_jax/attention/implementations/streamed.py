@@ -16,14 +16,23 @@ from jaxtyping import Array, Float
 
 from asap_jax.attention.implementations import sweeps, sweeps_back
 from asap_jax.attention.implementations.blocks import block_size, by_blocks
-from asap_jax.attention.implementations.sweeps import Problem, in_chunks, joined
+from asap_jax.attention.implementations.sweeps import (
+  Problem,
+  Queries,
+  in_chunks,
+  joined,
+)
 from asap_jax.c_transform.entropic import Duals, check_closures, marginals
 from asap_jax.c_transform.iterates import Iterates
+from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, zero_invalid
 from asap_jax.numerics import float_dtype, with_usual_promotion
 
 T = TypeVar("T")  # a pytree of arrays
 
+# Of queries, keys, values, dual, sums of both, and segments of both: axes behind those
+# of the batch.
+_OWN = 2, 2, 2, 1, 1, 1, 1, 1
 # Scores of a chunk: on a CPU they stay in its cache; elsewhere 64 MiB of float32 keep a
 # device busy. Fewer heads at a time come before chunks of fewer queries.
 _CPU_SCORES, _SCORES, _LEAST_CHUNK = 2**20, 2**24, 128
@@ -38,6 +47,7 @@ def streamed_attention(
   query_weights: Masses = None,
   key_weights: Masses = None,
   *,
+  segments: Segments | None = None,
   tolerance: float | None = None,
   precision: jax.lax.PrecisionLike = None,
   forward: Float[Array, "*batch n features"] | None = None,
@@ -55,6 +65,7 @@ def streamed_attention(
     iterations: likewise.
     query_weights: likewise.
     key_weights: likewise.
+    segments: likewise.
     tolerance: likewise.
     precision: likewise.
     forward: likewise.
@@ -63,7 +74,8 @@ def streamed_attention(
     As `iterated_attention`.
   """
   check_closures(iterations, None, None, "query")
-  arguments = _arguments(query, key, value, start, query_weights, key_weights)
+  weights = query_weights, key_weights
+  arguments = _arguments(query, key, value, start, *weights, segments)
   options = iterations, tolerance, precision
   return _attend(options, forward, *arguments)
 
@@ -76,6 +88,7 @@ def streamed_duals(
   query_weights: Masses = None,
   key_weights: Masses = None,
   *,
+  segments: Segments | None = None,
   precision: jax.lax.PrecisionLike = None,
 ) -> Duals:
   """The last duals of plain iterations, for which no gradient is defined.
@@ -83,13 +96,14 @@ def streamed_duals(
   Arguments are those of `streamed_attention`. Works under jit and vmap.
   """
   value = key[..., :1]  # of no interest, but the sweep has some
-  arguments = _arguments(query, key, value, start, query_weights, key_weights)
+  weights = query_weights, key_weights
+  arguments = _arguments(query, key, value, start, *weights, segments)
   arguments = jax.lax.stop_gradient(arguments)
   _, (_, kept) = _attend_and_keep((iterations, None, precision), *arguments)
   return kept[1]
 
 
-def _arguments(query, key, value, start, query_weights, key_weights):
+def _arguments(query, key, value, start, query_weights, key_weights, segments):
   """What blocks are made of, absent points zero, with sums of rows and columns."""
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
   weights = query_weights, key_weights
@@ -100,7 +114,7 @@ def _arguments(query, key, value, start, query_weights, key_weights):
   dtype = float_dtype(query, key, start)
   start = zero_invalid(start.astype(dtype), weights[0])
   a, b = marginals(*weights, (*batch, n, m), dtype)
-  return query, key, value, start, a, b
+  return query, key, value, start, a, b, *(segments or (None, None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -116,17 +130,18 @@ def _attend_forward(options, forward, *arguments):
 
 
 def _attend_and_keep(options, *arguments):
-  def block(chunk, query, key, value, start, a, b):
+  def block(chunk, query, key, value, start, *rest):
     n = query.shape[-2]
-    problem, start = _problem(chunk, query, key, a, b), in_chunks(start, chunk, axis=-1)
-    swept = sweeps.iterate(problem, value.astype(a.dtype), start, *options)
+    problem = _problem(chunk, query, key, *rest)
+    start = in_chunks(start, chunk, axis=-1)
+    swept = sweeps.iterate(problem, value.astype(problem.b.dtype), start, *options)
     iterates = swept.iterates._replace(f=_by_iteration(joined, swept.iterates.f, n))
     # Blocks have the batch in front.
     iterates = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2), iterates)
     duals = swept.duals._replace(f=joined(swept.duals.f, n, axis=-1))
     return joined(swept.out, n, axis=-2), duals, iterates
 
-  kept = _in_blocks(block, arguments, (2, 2, 2, 1, 1, 1))
+  kept = _in_blocks(block, arguments, _OWN)
   # JAX (0.10) mixes up residuals that are inputs where it differentiates a loop twice.
   residuals = jax.lax.optimization_barrier((arguments, kept))
   return kept[0].astype(arguments[2].dtype), residuals
@@ -134,14 +149,15 @@ def _attend_and_keep(options, *arguments):
 
 @with_usual_promotion
 def _attend_backward(options, residuals, out_bar):
-  def block(chunk, query, key, value, a, b, out, f, g, fs, gs, active, out_bar):
-    n, dtype = query.shape[-2], a.dtype
+  def block(chunk, query, key, value, *rest):
+    *sides, out, f, g, fs, gs, active, out_bar = rest
+    n, dtype = query.shape[-2], f.dtype
     iterates = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), Iterates(fs, gs, active))
     iterates = iterates._replace(f=_by_iteration(in_chunks, iterates.f, chunk))
     duals = Duals(in_chunks(f, chunk, axis=-1), g)
     out, out_bar = (in_chunks(x.astype(dtype), chunk, axis=-2) for x in (out, out_bar))
     bars = sweeps_back.cotangents(
-      _problem(chunk, query, key, a, b),
+      _problem(chunk, query, key, *sides),
       value.astype(dtype),
       sweeps.Swept(out, duals, iterates),
       out_bar,
@@ -156,19 +172,26 @@ def _attend_backward(options, residuals, out_bar):
     )
 
   arguments, (out, duals, iterates) = residuals
-  query, key, value, _, a, b = arguments
-  given = query, key, value, a, b, out, *duals, *iterates, out_bar
-  found = _in_blocks(block, given, (2, 2, 2, 1, 1, 2, 1, 1, 2, 2, 2, 2))
-  return None, *(
-    bar.astype(argument.dtype) for bar, argument in zip(found, arguments, strict=True)
+  query, key, value, _, *rest = arguments
+  given = query, key, value, *rest, out, *duals, *iterates, out_bar
+  own = (*_OWN[:3], *_OWN[4:], 2, 1, 1, 2, 2, 2, 2)
+  found = _in_blocks(block, given, own)
+  *moving, _, _ = arguments
+  bars = (
+    bar.astype(argument.dtype) for bar, argument in zip(found, moving, strict=True)
   )
+  return None, *bars, None, None  # segments are none that moves
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _problem(chunk: int, query: Array, key: Array, a: Array, b: Array) -> Problem:
-  return Problem(in_chunks(query, chunk, axis=-2), key, in_chunks(a, chunk, axis=-1), b)
+def _problem(chunk, query, key, a, b, query_segments, key_segments):
+  ids = None
+  if query_segments is not None:
+    ids = in_chunks(query_segments, chunk, axis=-1)
+  queries = Queries(in_chunks(query, chunk, axis=-2), ids)
+  return Problem(queries, key, in_chunks(a, chunk, axis=-1), b, key_segments)
 
 
 def _by_iteration(function: Callable[..., Array], duals: Array, size: int) -> Array:

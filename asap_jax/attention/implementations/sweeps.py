@@ -17,8 +17,21 @@ from jaxtyping import Array
 from asap_jax.c_transform.entropic import LOG_ZERO, Duals
 from asap_jax.c_transform.half_closure import sums_in_range
 from asap_jax.c_transform.iterates import Iterates, column_shift
+from asap_jax.c_transform.segments import Segments
 from asap_jax.numerics import exact_einsum
 from asap_jax.teacher.gradient import by_domain, divide
+
+
+class Queries(NamedTuple):
+  """Queries, all of them in chunks, or a chunk.
+
+  Attributes:
+    tokens: `[..., dim]`.
+    segments: of packed sequences, `[...]`, or `None`.
+  """
+
+  tokens: Array
+  segments: Array | None = None
 
 
 class Problem(NamedTuple):
@@ -28,16 +41,18 @@ class Problem(NamedTuple):
   absent.
 
   Attributes:
-    query: `[chunks, batch..., chunk, dim]`.
+    query: tokens `[chunks, batch..., chunk, dim]`.
     key: `[batch..., m, dim]`.
     a: sums of the rows, `[chunks, batch..., chunk]`, zero at absent queries.
     b: sums of the columns, `[batch..., m]`, likewise.
+    key_segments: of packed sequences, `[batch..., m]`, or `None`.
   """
 
-  query: Array
+  query: Queries
   key: Array
   a: Array
   b: Array
+  key_segments: Array | None = None
 
 
 def in_chunks(array: Array, size: int, *, axis: int) -> Array:
@@ -136,10 +151,18 @@ def iterate(
   return Swept(out, Duals(f, g), iterates)
 
 
-def scores_of(problem: Problem, precision: Any, query: Array, g: Array) -> Array:
+def scores_of(problem: Problem, precision: Any, query: Queries, g: Array) -> Array:
   """Logits of a chunk of queries and g, far below all others at absent keys."""
-  products = jnp.einsum("...cd,...md->...cm", query, problem.key, precision=precision)
-  return products + absent_low(g, problem.b)[..., None, :]
+  return _logits(problem, precision, query) + absent_low(g, problem.b)[..., None, :]
+
+
+def _logits(problem: Problem, precision: Any, query: Queries) -> Array:
+  logits = jnp.einsum(
+    "...cd,...md->...cm", query.tokens, problem.key, precision=precision
+  )
+  if query.segments is None or problem.key_segments is None:
+    return logits
+  return logits + Segments(query.segments, problem.key_segments).log_kernel
 
 
 def _row_fit(scores: Array, a: Array) -> tuple[Array, Array, Array]:
@@ -160,8 +183,7 @@ def _keys_dual(problem: Problem, precision: Any, f: Array) -> Array:
   def add(carry, chunk):
     largest, sums = carry
     query, a, f = chunk
-    products = jnp.einsum("...cd,...md->...cm", query, problem.key, precision=precision)
-    scores = products + absent_low(f, a)[..., None]
+    scores = _logits(problem, precision, query) + absent_low(f, a)[..., None]
     new = jnp.maximum(largest, scores.max(-2))
     own = jnp.exp(scores - new[..., None, :]).sum(-2)
     return (new, sums * jnp.exp(largest - new) + own), None

@@ -59,7 +59,7 @@ def cotangents(
   """
   scores = functools.partial(scores_of, problem, precision)
   einsum = functools.partial(jnp.einsum, precision=precision)
-  (out, (f, g), iterates), (query, _, a, b) = swept, problem
+  (out, (f, g), iterates), (query, _, a, b, _) = swept, problem
   last = divide((out_bar * out).sum(-1), a)
 
   def from_values(sums, chunk):
@@ -140,7 +140,7 @@ def _to_tokens(precision, near, problem, value, swept, out_bar, parts):
       ways = before, gs, previous, row_parts, column_parts
       logits_bar, _ = jax.lax.scan(add, plan * _rank(*own), ways)
     query_bar = einsum("...cm,...md->...cd", logits_bar, problem.key)
-    return key_bar + einsum("...cm,...cd->...md", logits_bar, query), query_bar
+    return key_bar + einsum("...cm,...cd->...md", logits_bar, query.tokens), query_bar
 
   before, row_parts = (jnp.moveaxis(x, 0, 1) for x in (before, row_parts))
   chunks = problem.query, problem.a, f, before, last, row_parts, out_bar

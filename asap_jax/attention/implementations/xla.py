@@ -7,6 +7,7 @@ scaling domain (`asap_jax.c_transform`). On other devices all of it is one block
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from asap_jax.attention.implementations.blocks import in_cache
 from asap_jax.attention.inputs import Activation
 from asap_jax.c_transform.entropic import check_closures, row_sums
 from asap_jax.c_transform.scaling_domain import ScaledPlan, scaled_plan
+from asap_jax.c_transform.segments import Segments
 from asap_jax.dual_map.predict import DualMap, linear_dual
 from asap_jax.masses import Masses, Side, zero_invalid
 
@@ -32,6 +34,7 @@ def scaled_attention(
   key_weights: Masses = None,
   *,
   bias: Float[Array, "..."] | None = None,
+  segments: Segments | None = None,
   relaxation: Float[Array, "..."] | None = None,
   momentum: Float[Array, "..."] | None = None,
   side: Side = "query",
@@ -53,6 +56,7 @@ def scaled_attention(
     key_weights: the same of the keys, to `[..., m]`; values of absent keys may hold
       anything.
     bias: added to the logits, broadcast to `[..., n, m]`.
+    segments: of packed sequences, with their masses as the keys' weights.
     relaxation: between closures; see `asap_jax.closures`, as the next two.
     momentum: likewise.
     side: whose dual it is.
@@ -70,18 +74,19 @@ def scaled_attention(
     for each in (_scaling_domain, _short)
   )
   weights = query_weights, key_weights
-  arguments = query, key, value, dual, *weights, relaxation, momentum, bias
+  pairs_of = (bias, *(segments or (None, None)))
+  arguments = query, key, value, dual, *weights, relaxation, momentum, *pairs_of
   batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
   if xla_short.is_short(count, query.shape[-2], key.shape[-2], *weights):
     return jax.lax.platform_dependent(*arguments, cpu=short, default=attend)
   if bias is not None:
     return attend(*arguments)
-  return in_cache(attend, batch, pairs, arguments, own=(2, 2, 2, 1, 1, 1, 1, 1, 2))
+  return in_cache(attend, batch, pairs, arguments, own=(2, 2, 2, *(1,) * 5, 2, 1, 1))
 
 
 def _short(count, side, precision, query, key, value, dual, *rest):
-  *weights, relaxation, momentum, bias = rest
-  logits = _logits(query, key, bias, precision)
+  *weights, relaxation, momentum, bias, of_queries, of_keys = rest
+  logits = logits_of(query, key, (bias, of_queries, of_keys), precision)
   steps: dict[str, Any] = {
     "relaxation": relaxation,
     "momentum": momentum,
@@ -111,7 +116,7 @@ def predicted_attention(
 
   def block(query, key, value, query_weights, key_weights, *leaves):
     own = jax.tree.unflatten(structure, leaves)
-    products = _logits(query, key, None, precision)
+    products = logits_of(query, key, precision=precision)
     weights = query_weights, key_weights
     dual = linear_dual(own, query, key, *weights, products=products)
     if own.closures <= 1:
@@ -132,8 +137,8 @@ def predicted_attention(
 
 
 def _scaling_domain(count, side, precision, query, key, value, dual, *rest):
-  *weights, relaxation, momentum, bias = rest
-  logits = _logits(query, key, bias, precision)
+  *weights, relaxation, momentum, bias, of_queries, of_keys = rest
+  logits = logits_of(query, key, (bias, of_queries, of_keys), precision)
   steps = {"relaxation": relaxation, "momentum": momentum, "side": side}
   scaled = scaled_plan(logits, dual, count, *weights, **steps, finite=bias is None)
   return _applied(scaled, value, weights[0], weights[1], precision)
@@ -167,8 +172,23 @@ def _applied(
   return (out * (rows / sums)[..., None]).astype(value.dtype)
 
 
-def _logits(
-  query: Array, key: Array, bias: Array | None, precision: jax.lax.PrecisionLike
+def logits_of(
+  query: Array,
+  key: Array,
+  pairs: Sequence[Array | None] = (None, None, None),
+  precision: jax.lax.PrecisionLike = None,
 ) -> Array:
-  products = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
-  return products if bias is None else products + bias
+  """Logits of queries and keys.
+
+  Args:
+    query: `[..., n, dim]`.
+    key: `[..., m, dim]`.
+    pairs: what else is known of pairs: a bias, and the segments of both sides.
+    precision: of the product.
+  """
+  bias, query_segments, key_segments = pairs
+  logits = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
+  logits = logits if bias is None else logits + bias
+  if query_segments is None or key_segments is None:
+    return logits
+  return logits + Segments(query_segments, key_segments).log_kernel
