@@ -21,7 +21,16 @@ from asap_jax.attention import (
   softmax_attention,
 )
 from asap_jax.c_transform import Duals, closure, closures, plan
-from asap_jax.compiler import Recipe, choose, compile, distil, load, save
+from asap_jax.compiler import (
+  AttentionCall,
+  Recipe,
+  choose,
+  compile,
+  distil,
+  fit,
+  load,
+  save,
+)
 from asap_jax.dual_map import DualMap, predict_dual
 from asap_jax.potentials import (
   Potentials,
@@ -37,6 +46,7 @@ __all__ = [
   "AmortizedAttention",
   "AmortizedMultiHeadAttention",
   "AsapAttention",
+  "AttentionCall",
   "DualMap",
   "DualParam",
   "Duals",
@@ -52,6 +62,7 @@ __all__ = [
   "compile",
   "distil",
   "dual_loss",
+  "fit",
   "gaussian_potential",
   "kantorovich_potentials",
   "load",

@@ -1,9 +1,11 @@
 """From a trained model to a compiled one.
 
-`api` is `asap_jax.compile`, and `asap_jax.choose` for another device. In the order of
-its steps: `sites` finds the Sinkhorn attentions, `recording` watches them on
-calibration batches (`batches` checks these, `recorder` records one forward pass,
-`unreplaced` names the calls at no site), `prepared` keeps some calls of a layer,
+`api` is `asap_jax.compile`, and `asap_jax.choose` for another device; `arrays` is
+`asap_jax.fit`, for one layer of which there are only arrays. In the order of their
+steps: `sites` finds the Sinkhorn attentions, `recording` watches them on calibration
+batches (`batches` checks these, `recorder` records one forward pass, `unreplaced` names
+the calls at no site), `recorded` streams what was seen, whoever saw it; from there on
+there is one way for all. `prepared` keeps some calls of a layer,
 `candidates` says what may stand there, `fitting` fits dual maps, `fidelity` compares
 plans with the teacher's, `clock` times, `selection` takes the fastest that is close
 enough, `standing` puts it in its place (`kept`: with the others), and `report` says
@@ -12,6 +14,7 @@ what was gained. `recipes` and `measuring` are the way of one fixed operator.
 """
 
 from asap_jax.compiler.api import Compiled, choose, compile
+from asap_jax.compiler.arrays import AttentionCall, Fitted, FittedAttention, fit
 from asap_jax.compiler.distillation import Distilled, distil
 from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.operators import Sinkhorn
@@ -21,9 +24,12 @@ from asap_jax.compiler.saving import load, save
 
 __all__ = [
   "Alternative",
+  "AttentionCall",
   "CandidateAttention",
   "Compiled",
   "Distilled",
+  "Fitted",
+  "FittedAttention",
   "LayerReport",
   "Recipe",
   "Report",
@@ -31,6 +37,7 @@ __all__ = [
   "choose",
   "compile",
   "distil",
+  "fit",
   "load",
   "save",
 ]

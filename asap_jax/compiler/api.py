@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from flax import nnx
 
 from asap_jax.compiler import standing
@@ -13,7 +15,7 @@ from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.recording import Observer
 from asap_jax.compiler.report import Report
-from asap_jax.compiler.sites import find_held, replace_held, replace_sites
+from asap_jax.compiler.sites import Site, find_held, replace_held, replace_sites
 
 
 class Compiled(NamedTuple):
@@ -103,24 +105,16 @@ def compile(
     ((4, 6, 8), (2,))
   """
   start = time.perf_counter()
-  if not isinstance(operator, Recipe | Sinkhorn | None):
-    raise ValueError(
-      f"operator={operator!r}: expected an asap_jax.Recipe, an "
-      "asap_jax.compiler.Sinkhorn or None"
-    )
-  if not 0 <= target_tv <= 1:
-    raise ValueError(f"target_tv={target_tv}: expected a number from 0 to 1")
+  standing.check_wanted(operator, target_tv)
   if keep_candidates and operator is not None:
     raise ValueError(
       f"keep_candidates=True with operator={operator!r}: expected operator=None, which "
       "leaves something to choose"
     )
   teacher = Observer(model, batches, call, progress, leave)
-  made = (
-    standing.best(teacher, target_tv, seed, every=keep_candidates)
-    if operator is None
-    else standing.fixed(teacher, operator, seed)
-  )
+  if keep_candidates:
+    _check_keepable(teacher.sites)
+  made = standing.wanted(teacher, operator, target_tv, seed, every=keep_candidates)
   target = target_tv if operator is None else None
   return _compiled(model, teacher, made, call, target, start, keep_candidates)
 
@@ -184,6 +178,20 @@ def choose(
   }
   made = standing.best_of(teacher, by_site, target)
   return _compiled(trained, teacher, made, call, target_tv, start)
+
+
+def _check_keepable(sites: Sequence[Site]) -> None:
+  for site in sites:
+    arrays = [
+      name
+      for name, value in site.options.items()
+      if isinstance(value, jax.Array | np.ndarray)
+    ]
+    if arrays:
+      raise ValueError(
+        f"{site.name} binds arrays ({', '.join(arrays)}), which candidates cannot "
+        "keep: expected keep_candidates=False, or arrays that are passed in the call"
+      )
 
 
 def _compiled(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from rich.progress import track
 
 from asap_jax.attention.layers import DualParam
-from asap_jax.compiler.recording import is_held_out
+from asap_jax.compiler.recorded import is_held_out
 
 # Of batches that are kept, with the teacher's outputs.
 _CACHE_BYTES = 2**30

@@ -10,7 +10,7 @@ from asap_jax.compiler.candidates import CUTS
 from asap_jax.compiler.clock import operator_milliseconds
 from asap_jax.compiler.fidelity import FidelitySums, fidelity_sums
 from asap_jax.compiler.operators import Operator, Sinkhorn
-from asap_jax.compiler.recording import Observer
+from asap_jax.compiler.recorded import Recorded
 from asap_jax.compiler.report import Alternative
 
 
@@ -50,7 +50,7 @@ def cuts(teacher: Sinkhorn) -> list[Operator]:
 
 
 def measure(
-  teacher: Observer, operators: Sequence[Sequence[Operator]]
+  teacher: Recorded, operators: Sequence[Sequence[Operator]]
 ) -> list[list[Measured]]:
   """Each layer's operators, with the teacher as trained in front, on held-out batches.
 

@@ -19,7 +19,7 @@ from asap_jax.compiler.fitting.samples import pooled, sample_of
 from asap_jax.compiler.fitting.scales import add_network
 from asap_jax.compiler.fitting.slicing import principal_directions
 from asap_jax.compiler.operators import Asap, Operator, Sinkhorn
-from asap_jax.compiler.recording import Layer
+from asap_jax.compiler.recorded import Layer
 from asap_jax.dual_map.features import dual_features, feature_count
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.masses import centre

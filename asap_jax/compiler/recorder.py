@@ -16,10 +16,10 @@ from asap_jax.attention.inputs import Activation, Inputs
 from asap_jax.attention.signature import inputs_of, listening
 from asap_jax.compiler.batches import check_batch, check_runs
 from asap_jax.compiler.operators import OWN
+from asap_jax.compiler.recorded import Calls
 from asap_jax.compiler.sites import Site, held_at, replace_sites
 from asap_jax.compiler.unreplaced import shapes_with_every_call_heard
 
-Calls = list[tuple[Activation, ...]]  # of each layer
 # Told of the running model, and of the name and the arguments of an attention call.
 Hear = Callable[[nnx.Module, str, dict[str, Any]], None]
 
@@ -57,7 +57,7 @@ class _Recorder(nnx.Module):
     call.apply_defaults()
     inputs = inputs_of(call.arguments)
     earlier = self.calls.get_value() if hasattr(self, "calls") else ()
-    self.calls = _Calls((*earlier, _flatten_batch(inputs)))
+    self.calls = _Calls((*earlier, flatten_batch(inputs)))
     with listening(None):
       return self.function(*args, **kwargs)
 
@@ -102,10 +102,10 @@ def recorder(
       for listener in listeners
     ]
 
-  return lambda batch: _without_explicit_axes(record(state, batch))
+  return lambda batch: without_explicit_axes(record(state, batch))
 
 
-def _without_explicit_axes(calls: Calls) -> Calls:
+def without_explicit_axes(calls: Calls) -> Calls:
   """Activations on one device where the axes of a mesh are explicit.
 
   What is made of them says nothing of shardings, which such axes ask for.
@@ -149,7 +149,8 @@ def shapes_seen(
     ) from error
 
 
-def _flatten_batch(inputs: Inputs) -> Activation:
+def flatten_batch(inputs: Inputs) -> Activation:
+  """What a call saw, its batch axes as one."""
   batch = inputs.query.shape[:-3]
 
   def flatten(array: jax.Array, *inner: int) -> jax.Array:

@@ -1,72 +1,39 @@
-"""Recording of the calls that each of a teacher's Sinkhorn layers sees on batches."""
+"""Recording of what each Sinkhorn layer of an NNX model sees on batches."""
 
-import operator
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from rich.progress import track
 
-from asap_jax.compiler.batches import Stored, check_same, kind_of
-from asap_jax.compiler.recorder import Calls, recorder, shapes_seen
+from asap_jax.compiler.batches import kind_of
+from asap_jax.compiler.recorded import Calls, Layer, Recorded, layers_at
+from asap_jax.compiler.recorder import recorder, shapes_seen
 from asap_jax.compiler.sites import Site, find_sinkhorn
 from asap_jax.compiler.unreplaced import ADVICE, Unreplaced, nothing_found
 
-Stream = Generator[Calls, None, None]
 
-
-def is_held_out(index: int) -> bool:
-  """Tells whether a batch, counted from zero, is kept to measure on: every fifth."""
-  return index % 5 == 1  # not the first, which is there whenever any batch is
-
-
-class Layer(NamedTuple):
-  """Sinkhorn attention, or one of several that `nnx.scan` runs through one site.
-
-  Attributes:
-    site: where the model holds it.
-    index: position in the scan's stack, `None` if there is no scan.
-    heads: number of heads.
-    dim: head dimension.
-  """
-
-  site: Site
-  index: int | None  # type: ignore[assignment]  # also a method of tuples
-  heads: int
-  dim: int
-
-  @property
-  def name(self) -> str:
-    """Name of the site, with the position in a stack."""
-    return self.site.name + ("" if self.index is None else f"[{self.index}]")
-
-
-class Observer:
+class Observer(Recorded):
   """Frozen teacher and its calibration batches.
 
   Args:
     model: the teacher, left untouched.
-    batches: its inputs; every fifth, from the second on, is held out. A sample reads
-      them once and as far as it needs. Each stream iterates over all of them again; an
-      iterator that can be read only once is stored.
+    batches: its inputs; see `Recorded`.
     call: how a batch is given to the model.
     progress: whether streams show a progress bar.
     leave: names of layers that are not observed.
 
   Attributes:
-    first: the first batch.
-    sites: of the model's Sinkhorn attentions.
+    sites: of the model's Sinkhorn attentions; all else as of `Recorded`.
     layers: at those sites, in the model's order.
-    progress: as given.
     unreplaced: calls of Sinkhorn attention at no site, by name.
 
   Raises:
     ValueError: if there is nothing to observe: no Sinkhorn attention, no batch, or
       attention that is not called or not visible.
   """
+
+  sites: list[Site]
 
   def __init__(
     self,
@@ -79,7 +46,8 @@ class Observer:
     if not isinstance(model, nnx.Module):
       raise ValueError(
         f"model is of {kind_of(model)}: expected a Flax NNX module, for its attention "
-        "functions are found among the attributes of its modules"
+        "functions are found among the attributes of its modules; asap_jax.fit takes "
+        "the queries and keys of one layer, whatever it is made of"
       )
     found = find_sinkhorn(model)
     unknown = set(leave) - {site.name for site in found}
@@ -88,93 +56,22 @@ class Observer:
         f"leave={sorted(unknown)}: no such Sinkhorn attention is held; expected some "
         f"of {[site.name for site in found]}"
       )
-    self.sites = [site for site in found if site.name not in leave]
+    sites = [site for site in found if site.name not in leave]
     left = [site for site in found if site.name in leave]
-    self.progress = progress
-    once = iter(batches)
-    self._stored = Stored(once)
-    self._batches = self._stored if once is batches else batches
-    self.first = first = next(iter(self._stored), None)
-    if first is None:
-      raise ValueError("batches is empty: expected at least two batches")
     hear = Unreplaced()
-    self._record = recorder(model, self.sites, call, hear, left)
-    seen = shapes_seen(self._record, model, first, call)
+    record = recorder(model, sites, call, hear, left)
+    super().__init__(sites, (), batches, record, progress)
+    seen = shapes_seen(record, model, self.first, call)
     self.unreplaced = hear.names
-    if not self.sites:
+    if not sites:
       raise ValueError(nothing_found(model, self.unreplaced))
-    self.layers = _layers(self.sites, seen, self.unreplaced)
+    self.layers = _layers(sites, seen, self.unreplaced)
     if self.unreplaced:
       warnings.warn(
         "Sinkhorn attention that stays as it is, for no module holds its function: "
         f"{'; '.join(self.unreplaced)}. To compile it, {ADVICE}",
         stacklevel=3,
       )
-
-  def activations(self, description: str, *, held_out: bool = False) -> Stream:
-    """Calls of every layer, batch by batch, of the batches fitted or held out.
-
-    Raises:
-      ValueError: if activations are not finite, a mask is not the outer product of
-        valid queries and valid keys, nothing is valid in those held out, or batches
-        come in another order than before.
-    """
-    batches = track(self._batches, description, disable=not self.progress)
-    of_stream: list[bool] = []
-    for index, batch in enumerate(batches):
-      if index == 0:
-        check_same(batch, self.first)
-      if is_held_out(index) == held_out:
-        calls = _unstack(self._record(batch))
-        _check_calls(self.layers, calls)
-        of_stream.append(_has_valid(calls))
-        yield calls
-    if held_out and of_stream and not any(of_stream):
-      raise ValueError(_NOTHING_HELD_OUT)
-
-  def sample(self, sequences: int) -> tuple[list[Calls], list[Calls]]:
-    """Calls of every layer on the first batches: fitted, and held out.
-
-    Batches are read until both hold so many sequences, the latter half as many, or
-    there are no more.
-
-    Raises:
-      ValueError: as `activations`, and if no batch is held out.
-    """
-    wanted = {False: sequences, True: sequences // 2}
-    kept: dict[bool, list[Calls]] = {False: [], True: []}
-    # Stored, so that a loader that reshuffles is not asked for another pass.
-    for index, batch in enumerate(self._stored):
-      held_out = is_held_out(index)
-      if wanted[held_out] > 0:
-        calls = _unstack(self._record(batch))
-        _check_calls(self.layers, calls)
-        kept[held_out].append(calls)
-        wanted[held_out] -= calls[0][0].query.shape[0]
-      # A stream is asked for no batch beyond.
-      if max(wanted.values()) <= 0:
-        break
-    if not kept[True]:
-      raise ValueError(
-        "batches holds a single batch: expected at least two, one of them to measure on"
-      )
-    if not any(map(_has_valid, kept[True])):
-      raise ValueError(_NOTHING_HELD_OUT)
-    return kept[False], kept[True]
-
-
-_NOTHING_HELD_OUT = (
-  "batches: those held out (every fifth, from the second on) hold padding alone: "
-  "expected valid tokens to measure on"
-)
-
-
-def _has_valid(calls: Calls) -> bool:
-  """Whether every layer sees a valid query in a batch."""
-  return all(
-    any(call.query_mask is None or bool(call.query_mask.any()) for call in of_layer)
-    for of_layer in calls
-  )
 
 
 def _layers(sites: list[Site], seen: Calls, unreplaced: tuple[str, ...]) -> list[Layer]:
@@ -187,50 +84,5 @@ def _layers(sites: list[Site], seen: Calls, unreplaced: tuple[str, ...]) -> list
         "inside a JAX transformation hides the calls; leave= passes over it"
         + (f". Calls of others were: {'; '.join(unreplaced)}" if unreplaced else "")
       )
-    *stack, _, heads, _, dim = calls[0].query.shape
-    if len(stack) > 1:
-      raise ValueError(
-        f"{site.name}: stacked in {len(stack)} nested scans: expected one at most"
-      )
-    indices = range(stack[0]) if stack else [None]
-    layers += [Layer(site, index, heads, dim) for index in indices]
+    layers += layers_at(site, calls)
   return layers
-
-
-def _unstack(calls: Calls) -> Calls:
-  """Calls of each layer, taken off the axis that `nnx.scan` stacks its layers on."""
-  unstacked = []
-  for of_site in calls:
-    if of_site[0].query.ndim == 4:
-      unstacked.append(of_site)
-      continue
-    for index in range(len(of_site[0].query)):
-      unstacked.append(jax.tree.map(operator.itemgetter(index), of_site))
-  return unstacked
-
-
-def _check_calls(layers: list[Layer], calls: Calls) -> None:
-  for layer, of_layer in zip(layers, calls, strict=True):
-    for activation in of_layer:
-      if not _is_finite((activation.query, activation.key)):
-        raise ValueError(
-          f"{layer.name}: queries or keys are not finite on a calibration batch: the "
-          "teacher overflows there"
-        )
-      if not _is_finite(activation.bias):
-        raise ValueError(
-          f"{layer.name}: bias is not finite on a calibration batch, at valid queries "
-          "and keys; for padding pass mask=nnx.make_attention_mask(query_valid, "
-          "key_valid), and the bias may hold anything there"
-        )
-      if activation.is_product is not None and not activation.is_product:
-        raise ValueError(
-          f"{layer.name}: its mask is not the outer product of valid queries and valid "
-          "keys, so its plan is not doubly stochastic; expected "
-          "nnx.make_attention_mask(query_valid, key_valid)"
-        )
-
-
-@jax.jit
-def _is_finite(arrays: Any) -> jax.Array:
-  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]).all()

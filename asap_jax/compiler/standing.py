@@ -18,7 +18,7 @@ from asap_jax.compiler.measuring import cuts, measure
 from asap_jax.compiler.operators import Asap, Operator, Sinkhorn
 from asap_jax.compiler.prepared import SEQUENCES, PreparedLayer
 from asap_jax.compiler.recipes import Recipe
-from asap_jax.compiler.recording import Layer, Observer
+from asap_jax.compiler.recorded import Layer, Recorded, Trained
 from asap_jax.compiler.report import TEACHER, Alternative, LayerReport
 from asap_jax.compiler.selection import Candidate, Selection, select
 from asap_jax.compiler.sites import Replacement, Site
@@ -52,8 +52,41 @@ class Standing(NamedTuple):
     return found
 
 
+def check_wanted(operator: Any, target_tv: float) -> None:
+  """Raises ValueError unless it can be known what is to stand in the layers."""
+  if not isinstance(operator, Recipe | Sinkhorn | None):
+    raise ValueError(
+      f"operator={operator!r}: expected an asap_jax.Recipe, an "
+      "asap_jax.compiler.Sinkhorn or None"
+    )
+  if not 0 <= target_tv <= 1:
+    raise ValueError(f"target_tv={target_tv}: expected a number from 0 to 1")
+
+
+def wanted(
+  teacher: Recorded,
+  operator: Recipe | Sinkhorn | None,
+  target_tv: float,
+  seed: int,
+  *,
+  every: bool = False,
+) -> list[Standing]:
+  """What is to stand in every layer: the best by measurement, or one fixed operator.
+
+  Args:
+    teacher: with its batches.
+    operator: see `asap_jax.compile`.
+    target_tv: likewise.
+    seed: of directions, of networks and of the order of refinement.
+    every: whether to fit also what could not be the fastest here.
+  """
+  if operator is None:
+    return best(teacher, target_tv, seed, every=every)
+  return fixed(teacher, operator, seed)
+
+
 def best(
-  teacher: Observer, target_tv: float, seed: int, *, every: bool
+  teacher: Recorded, target_tv: float, seed: int, *, every: bool
 ) -> list[Standing]:
   """The best operators by measurement, of every layer.
 
@@ -62,21 +95,7 @@ def best(
     target_tv: see `asap_jax.compile`.
     seed: of networks.
     every: whether to fit also what could not be the fastest here.
-
-  Raises:
-    ValueError: if all are to be kept where the model binds arrays.
   """
-  for site in teacher.sites if every else ():
-    arrays = [
-      name
-      for name, value in site.options.items()
-      if isinstance(value, jax.Array | np.ndarray)
-    ]
-    if arrays:
-      raise ValueError(
-        f"{site.name} binds arrays ({', '.join(arrays)}), which candidates cannot "
-        "keep: expected keep_candidates=False, or arrays that are passed in the call"
-      )
   ratios: dict[Any, float] = {}
   return _chosen(
     teacher,
@@ -86,11 +105,11 @@ def best(
 
 
 def best_of(
-  teacher: Observer, kept: Mapping[str, CandidateAttention], target_tv: float
+  teacher: Recorded, kept: Mapping[str, CandidateAttention], target_tv: float
 ) -> list[Standing]:
   """The best of the candidates that are kept for a site, by its name."""
 
-  def select_kept(site: Site, layers: Sequence[PreparedLayer]) -> Selection:
+  def select_kept(site: Trained, layers: Sequence[PreparedLayer]) -> Selection:
     given = _candidates(kept[site.name], layers) if site.name in kept else {}
     return select(layers, target_tv, given)
 
@@ -118,9 +137,9 @@ def _candidates(
 
 
 def _chosen(
-  teacher: Observer,
+  teacher: Recorded,
   seed: int,
-  choose: Callable[[Site, Sequence[PreparedLayer]], Selection],
+  choose: Callable[[Trained, Sequence[PreparedLayer]], Selection],
 ) -> list[Standing]:
   calls, held_out = teacher.sample(SEQUENCES)
   layers = [
@@ -168,7 +187,7 @@ def _selected(
   )
 
 
-def fixed(teacher: Observer, operator: Recipe | Sinkhorn, seed: int) -> list[Standing]:
+def fixed(teacher: Recorded, operator: Recipe | Sinkhorn, seed: int) -> list[Standing]:
   """One operator in every layer, compared with Sinkhorn cut short."""
   fitted: list[FittedLayer] = []
   wanted: list[Operator]
@@ -249,7 +268,7 @@ def report_of(layer: Layer, standing: Standing) -> LayerReport:
   )
   return LayerReport(
     name=layer.name,
-    iterations=layer.site.iterations,
+    iterations=layer.site.teacher.iterations,
     r2=predicted if query_side else np.full_like(sums.tv, np.nan),
     tv=sums.tv / sums.rows,
     kl=sums.kl / sums.rows,

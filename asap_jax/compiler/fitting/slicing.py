@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from asap_jax.attention.inputs import Activation
-from asap_jax.compiler.recording import Observer
+from asap_jax.compiler.recorded import Recorded
 from asap_jax.masses import centre
 from asap_jax.numerics import exact_einsum
 from asap_jax.potentials import directions as slicing
@@ -17,7 +17,7 @@ DirectionKind = Literal["principal", "gaussian", "orthogonal"]
 
 
 def draw_directions(
-  teacher: Observer, slices: int, kind: DirectionKind, seed: int
+  teacher: Recorded, slices: int, kind: DirectionKind, seed: int
 ) -> list[jax.Array]:
   """Directions `[heads, slices, dim]` of each layer.
 
@@ -51,7 +51,7 @@ def principal_directions(calls: Sequence[Activation], slices: int) -> jax.Array:
   return slicing.principal(balanced, min(slices, balanced.shape[-1]))
 
 
-def _principal(teacher: Observer, slices: int) -> list[jax.Array]:
+def _principal(teacher: Recorded, slices: int) -> list[jax.Array]:
   total = None
   for calls in teacher.activations("Drawing directions"):
     batch = [sum(map(_second_moments, of_layer)) for of_layer in calls]

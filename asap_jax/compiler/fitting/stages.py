@@ -24,7 +24,7 @@ from asap_jax.compiler.fitting.scales import add_network
 from asap_jax.compiler.fitting.slicing import draw_directions
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Objective, Recipe
-from asap_jax.compiler.recording import Observer
+from asap_jax.compiler.recorded import Recorded
 from asap_jax.dual_map.features import dual_features, feature_count
 from asap_jax.dual_map.predict import DualMap
 from asap_jax.masses import centre
@@ -42,7 +42,7 @@ class FittedLayer(NamedTuple):
   seconds: float
 
 
-def fit_layers(teacher: Observer, recipe: Recipe, seed: int = 0) -> list[FittedLayer]:
+def fit_layers(teacher: Recorded, recipe: Recipe, seed: int = 0) -> list[FittedLayer]:
   """Dual maps of all layers, made by one recipe.
 
   Raises:
@@ -73,7 +73,7 @@ def _regression(
 
 
 def _fit_ridge(
-  teacher: Observer, directions: list[jax.Array], recipe: Recipe
+  teacher: Recorded, directions: list[jax.Array], recipe: Recipe
 ) -> list[FittedLayer]:
   features = recipe.features
   sums: list[RidgeStatistics] = []
@@ -110,7 +110,7 @@ def _fit_ridge(
 
 
 def _refine(
-  teacher: Observer, fitted: list[FittedLayer], recipe: Recipe, seed: int
+  teacher: Recorded, fitted: list[FittedLayer], recipe: Recipe, seed: int
 ) -> list[FittedLayer]:
   """Refines all layers, in parts where not all activations fit into memory."""
   # Held-out samples come first and stay: every part is judged on them.
@@ -155,7 +155,7 @@ def _refine(
 
 
 def _parts(
-  teacher: Observer, size: int, objective: Objective, *, held_out: bool
+  teacher: Recorded, size: int, objective: Objective, *, held_out: bool
 ) -> Iterator[tuple[list[list[Sample]], int]]:
   """Pools of samples of each layer, and their batches, some bytes at a time."""
   stream = teacher.activations("Recording", held_out=held_out)
