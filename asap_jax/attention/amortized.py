@@ -26,7 +26,7 @@ from asap_jax.attention.implementations.dispatch import ClosedPlan
 from asap_jax.attention.implementations.iterated import iterated_duals
 from asap_jax.attention.implementations.streamed import streamed_duals
 from asap_jax.attention.inputs import Inputs
-from asap_jax.attention.layers import AsapAttention, check_no_decoding
+from asap_jax.attention.layers import AsapAttention, asked_for, check_no_decoding
 from asap_jax.attention.signature import attention_fn
 from asap_jax.c_transform.entropic import Duals, marginals
 from asap_jax.dual_map.features import feature_count
@@ -103,6 +103,7 @@ class AmortizedMultiHeadAttention(nnx.MultiHeadAttention):
     *args: for `nnx.MultiHeadAttention`.
     epsilon: entropic regularisation; logits are divided by it.
     scale: of the logits, 1 / sqrt(head dimension) by default.
+    max_segments: see `asap_jax.SinkhornMultiHeadAttention`.
     implementation: see `asap_jax.asap_attention`.
     decode: autoregressive decoding; only `False` is possible here.
     **kwargs: for `nnx.MultiHeadAttention`; `rngs` is needed.
@@ -128,12 +129,13 @@ class AmortizedMultiHeadAttention(nnx.MultiHeadAttention):
     *args: Any,
     epsilon: float = 1.0,
     scale: float | None = None,
+    max_segments: int | None = None,
     implementation: Implementation | None = None,
     decode: bool = False,
     **kwargs: Any,
   ):
     check_no_decoding(decode)
-    options = {"epsilon": epsilon} | ({} if scale is None else {"scale": scale})
+    options = {"epsilon": epsilon} | asked_for(scale=scale, max_segments=max_segments)
     dim = (qkv_features or in_features) // num_heads
     attention_fn = AmortizedAttention(num_heads, dim, options, implementation)
     super().__init__(

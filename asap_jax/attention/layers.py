@@ -35,6 +35,8 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     tolerance: likewise.
     implementation: likewise.
     scale: of the logits, 1 / sqrt(head dimension) by default.
+    max_segments: of packed sequences; with it the mask is that of their pairs, see
+      `asap_jax.attention.AttentionFn`.
     decode: autoregressive decoding; only `False` is possible here.
     **kwargs: likewise; `rngs` is needed.
 
@@ -60,6 +62,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     tolerance: float | None = None,
     implementation: Teacher | None = None,
     scale: float | None = None,
+    max_segments: int | None = None,
     decode: bool = False,
     **kwargs: Any,
   ):
@@ -72,8 +75,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
       start=start,
       tolerance=tolerance,
       implementation=implementation,
-      # What is saved names all that is bound: no more than is asked for.
-      **({} if scale is None else {"scale": scale}),
+      **asked_for(scale=scale, max_segments=max_segments),
     )
     super().__init__(
       num_heads,
@@ -83,6 +85,11 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
       decode=decode,
       **kwargs,
     )
+
+
+def asked_for(**options: Any) -> dict[str, Any]:
+  """Options that are not `None`: what is saved names all that is bound, and no more."""
+  return {name: value for name, value in options.items() if value is not None}
 
 
 def check_no_decoding(decode: bool) -> None:

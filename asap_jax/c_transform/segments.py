@@ -5,6 +5,7 @@ different segments, so that iterations never see more than one, and its marginal
 those of each block.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,14 +45,12 @@ class Segments(NamedTuple):
 
     A segment without queries, or without keys, has no plan: it counts as padding.
     """
-    same = self.same
-    queries, keys = same.sum(-2), same.sum(-1)
-    # Of a key's own segment: all of its keys have as many queries as it has.
-    of_key = (self.key > 0)[..., :, None] & (
-      self.key[..., :, None] == self.key[..., None, :]
-    )
-    shared = jnp.maximum(of_key.sum(-1), 1).astype(jnp.float32)
-    return keys > 0, queries.astype(jnp.float32) / shared
+    valid = self.query > 0
+    valid &= _count(self.key, self.query) > 0
+    # All keys of a segment have as many queries as it has, and share them.
+    queries, keys = (_count(ids, self.key) for ids in (self.query, self.key))
+    shared = queries.astype(jnp.float32) / jnp.maximum(keys, 1).astype(jnp.float32)
+    return valid, jnp.where(self.key > 0, shared, 0.0)
 
 
 def segments_of(
@@ -82,6 +81,17 @@ def segments_of(
   return found, (found.same == mask).all((-2, -1), keepdims=True)
 
 
+def _count(ids: Array, wanted: Array) -> Array:
+  """How many of `[..., n]` are as each of those wanted, without looking at pairs."""
+  find = jnp.vectorize(
+    lambda ids, wanted: (
+      jnp.searchsorted(ids, wanted, side="right") - jnp.searchsorted(ids, wanted)
+    ),
+    signature="(n),(m)->(m)",
+  )
+  return find(jnp.sort(ids), wanted)
+
+
 def by_segment(
   function: Callable[[Array, Array], Float[Array, "..."]],
   segments: Segments,
@@ -96,6 +106,8 @@ def by_segment(
     count: calls of `function`, which follow one another, so that memory is that of one.
   """
 
+  # Nothing of a segment is kept for the backward pass, which computes it anew.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
   def add(total, segment):
     return total + function(segments.query == segment, segments.key == segment), None
 

@@ -96,11 +96,19 @@ def attention_call(operator: Operator, activation: Activation) -> Callable[[], o
   query, key = (
     np.moveaxis(np.asarray(x), -3, -2) for x in (activation.query, activation.key)
   )
-  options = {"mask": valid_pairs(*activation.masks), "bias": activation.bias}
+  options = {"bias": activation.bias}
+  if activation.segments is None:
+    options["mask"] = valid_pairs(*activation.masks)
+    most = None
+  else:
+    options["segment_ids"] = tuple(ids[..., 0, :] for ids in activation.segments)
+    most = activation.max_segments or max(int(x.max()) for x in activation.segments)
   arguments = jax.device_put((jnp.asarray(query), jnp.asarray(key), options))
-  return functools.partial(_call, operator, *arguments)
+  return functools.partial(_call, most, operator, *arguments)
 
 
-@jax.jit
-def _call(operator, query, key, options):
-  return operator.attention_fn(query, key, key, scale=1.0, **options)
+@functools.partial(jax.jit, static_argnums=0)
+def _call(max_segments, operator, query, key, options):
+  return operator.attention_fn(
+    query, key, key, scale=1.0, max_segments=max_segments, **options
+  )

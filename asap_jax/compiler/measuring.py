@@ -72,7 +72,7 @@ def measure(
           old = sums[index].get(place)
           sums[index][place] = new if old is None else old + new
       if not times[index]:
-        times[index] = operator_milliseconds(of_layer[0], everyone[index])
+        times[index] = operator_milliseconds(teacher.timed[index], everyone[index])
   if not sums[0]:
     raise ValueError(
       "batches holds a single batch: expected at least two, one of them to measure on"

@@ -36,7 +36,8 @@ class PreparedLayer:
   Args:
     layer: of the teacher.
     calls: to fit on.
-    held_out: to judge on; the first of them is also the one that is timed.
+    held_out: to judge on.
+    timed: as the model makes it, for times.
     seed: of a network.
   """
 
@@ -45,9 +46,10 @@ class PreparedLayer:
     layer: Layer,
     calls: Sequence[Activation],
     held_out: Sequence[Activation],
+    timed: Activation,
     seed: int,
   ):
-    self.layer, self.timed = layer, held_out[0]
+    self.layer, self.timed = layer, timed
     self._seed = seed
     self._calls = _joined(calls, 1.0)
     self.held_out = _joined(held_out, 0.5)

@@ -11,6 +11,7 @@ from rich.progress import track
 from asap_jax.attention.inputs import Activation
 from asap_jax.compiler.batches import Stored, check_same
 from asap_jax.compiler.operators import Sinkhorn
+from asap_jax.compiler.packed import unpacked
 
 Calls = list[tuple[Activation, ...]]  # of each layer
 Stream = Generator[Calls, None, None]
@@ -78,6 +79,8 @@ class Recorded:
     sites: as given.
     layers: likewise.
     progress: likewise.
+    timed: once a batch was held out, the call of every layer that operators are timed
+      on: the first there, as the model makes it.
 
   Raises:
     ValueError: if there is no batch.
@@ -93,6 +96,7 @@ class Recorded:
   ):
     self.sites, self.layers, self.progress = sites, layers, progress
     self._record = record
+    self.timed: Sequence[Activation] = ()
     once = iter(batches)
     self._stored = Stored(once)
     self._batches = self._stored if once is batches else batches
@@ -114,12 +118,19 @@ class Recorded:
       if index == 0:
         check_same(batch, self.first)
       if is_held_out(index) == held_out:
-        calls = _unstack(self._record(batch))
-        _check_calls(self.layers, calls)
+        calls = self._calls(index, batch)
         of_stream.append(_has_valid(calls))
         yield calls
     if held_out and of_stream and not any(of_stream):
       raise ValueError(_NOTHING_HELD_OUT)
+
+  def _calls(self, index: int, batch: Any) -> Calls:
+    """What every layer sees on a batch, packed sequences one by one."""
+    calls = _unstack(self._record(batch))
+    _check_calls(self.layers, calls)
+    if is_held_out(index) and not self.timed:
+      self.timed = [of_layer[0] for of_layer in calls]
+    return [tuple(map(unpacked, of_layer)) for of_layer in calls]
 
   def sample(self, sequences: int) -> tuple[list[Calls], list[Calls]]:
     """Calls of every layer on the first batches: fitted, and held out.
@@ -136,8 +147,7 @@ class Recorded:
     for index, batch in enumerate(self._stored):
       held_out = is_held_out(index)
       if wanted[held_out] > 0:
-        calls = _unstack(self._record(batch))
-        _check_calls(self.layers, calls)
+        calls = self._calls(index, batch)
         kept[held_out].append(calls)
         wanted[held_out] -= calls[0][0].query.shape[0]
       # A stream is asked for no batch beyond.
@@ -211,7 +221,8 @@ def _check_calls(layers: Sequence[Layer], calls: Calls) -> None:
         raise ValueError(
           f"{layer.name}: its mask is not the outer product of valid queries and valid "
           "keys, so its plan is not doubly stochastic; expected "
-          "nnx.make_attention_mask(query_valid, key_valid)"
+          "nnx.make_attention_mask(query_valid, key_valid), or of packed sequences as "
+          "many as max_segments"
         )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.attention.inputs import Activation, Inputs
 from asap_jax.attention.signature import inputs_of, listening
+from asap_jax.c_transform.segments import Segments
 from asap_jax.compiler.batches import check_batch, check_runs
 from asap_jax.compiler.operators import OWN
 from asap_jax.compiler.recorded import Calls
@@ -161,6 +162,9 @@ def flatten_batch(inputs: Inputs) -> Activation:
 
   shape = (*inputs.query.shape[-3:-1], inputs.key.shape[-2])
   bias = inputs.bias_of_pairs
+  segments = inputs.segments
+  if segments is not None:
+    segments = Segments(*(flatten(ids, *ids.shape[-2:]) for ids in segments))
   return Activation(
     query=flatten(inputs.query, *inputs.query.shape[-3:]),
     key=flatten(inputs.key, *inputs.key.shape[-3:]),
@@ -168,4 +172,6 @@ def flatten_batch(inputs: Inputs) -> Activation:
     query_mask=flatten_mask(inputs.query_mask),
     key_mask=flatten_mask(inputs.key_mask),
     is_product=None if inputs.is_product is None else inputs.is_product.all(),
+    segments=segments,
+    max_segments=inputs.max_segments,
   )

@@ -147,6 +147,7 @@ def _chosen(
       layer,
       [each for of_batch in calls for each in of_batch[index]],
       [each for of_batch in held_out for each in of_batch[index]],
+      teacher.timed[index],
       seed,
     )
     for index, layer in enumerate(teacher.layers)

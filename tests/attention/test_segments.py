@@ -90,7 +90,13 @@ def with_gradients(function):
   return run
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+SLOW = ("one iteration", "relaxed, chunked", "Gaussian, chunked", "slices, chunked")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FUNCTIONS],
+)
 def test_a_packed_row_is_its_segments_one_by_one(name):
   function, given = FUNCTIONS[name], tokens()
   packed = functools.partial(function, segment_ids=IDS, max_segments=3)
@@ -248,6 +254,7 @@ def test_tolerance_stops_when_all_segments_are_done():
     np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_map_learns_on_segments():
   given = tokens(n=M)
   layer = AmortizedAttention(HEADS, DIM)
@@ -258,6 +265,18 @@ def test_a_map_learns_on_segments():
 
   wanted = one_by_one(layer, *given, ids=(IDS[1], IDS[1]), loop=loop)
   np.testing.assert_allclose(packed(*given), wanted, atol=2e-5)
+
+
+def test_in_chunks_no_pair_is_looked_at():
+  def loss(query, ids):
+    attend = functools.partial(SINKHORN, iterations=2, implementation="chunked")
+    return attend(query, query, query, segment_ids=ids).sum()
+
+  n = 8192
+  shapes = (jax.ShapeDtypeStruct((1, n, 1, 4), jnp.float32),)
+  shapes += (jax.ShapeDtypeStruct((1, n), jnp.int32),)
+  compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < n * n
 
 
 def test_layers_of_flax_pass_the_mask_on():

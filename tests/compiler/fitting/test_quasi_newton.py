@@ -42,7 +42,7 @@ def prepared():
   calls, held_out = (
     [call for (of_layer,) in part for call in of_layer] for part in teacher.sample(64)
   )
-  return PreparedLayer(teacher.layers[0], calls, held_out, seed=0)
+  return PreparedLayer(teacher.layers[0], calls, held_out, teacher.timed[0], seed=0)
 
 
 @pytest.mark.parametrize(
