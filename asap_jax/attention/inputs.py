@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from asap_jax.masses import valid_pairs, zero_invalid
+from asap_jax.numerics import logits_einsum
 
 
 @runtime_checkable
@@ -40,7 +42,7 @@ class Activation:
     key_mask: valid keys, `[batch..., heads or 1, m]`, or `None` for all.
     is_product: per element, whether the mask was the outer product of the two; `None`
       where that is known.
-    precision: of the products (static).
+    precision: of the products (static); `None` keeps logits exact in float32.
   """
 
   query: Any
@@ -73,7 +75,7 @@ class Activation:
   @property
   def products(self) -> Float[Array, "*batch heads n m"]:
     """query key^T."""
-    return jnp.einsum(
+    return logits_einsum(
       "...nd,...md->...nm", self.query, self.key, precision=self.precision
     )
 
@@ -207,8 +209,23 @@ def prepare(
     value=value,
     unscaled=query,
     scale=factor,
-    precision=precision,
+    precision=_precision_of(dtype, factor) if precision is None else precision,
   )
+
+
+def _precision_of(dtype: Any, factor: Any) -> jax.lax.Precision | None:
+  """The precision of products of inputs for which none is asked.
+
+  `None` leaves it to each product: that of queries and keys is exact in float32, at
+  several times the price of the default on an accelerator. Inputs of 16 bits need not
+  pay it. bfloat16 is what a TPU multiplies by itself, and it stays that under a scale
+  that is a power of two; else the products of three parts lose nothing that counts.
+  """
+  if jnp.promote_types(dtype, jnp.float32) == dtype:
+    return None
+  is_power = isinstance(factor, float) and math.frexp(factor)[0] == 0.5
+  exact = dtype == jnp.bfloat16 and is_power
+  return jax.lax.Precision.DEFAULT if exact else jax.lax.Precision.HIGH
 
 
 def restrict(inputs: Inputs, mask: jax.Array | None, is_causal: bool) -> Inputs:

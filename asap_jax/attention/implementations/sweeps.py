@@ -17,7 +17,7 @@ from jaxtyping import Array
 from asap_jax.c_transform.entropic import LOG_ZERO, Duals
 from asap_jax.c_transform.half_closure import sums_in_range
 from asap_jax.c_transform.iterates import Iterates, column_shift
-from asap_jax.numerics import exact_einsum
+from asap_jax.numerics import exact_einsum, logits_einsum
 from asap_jax.teacher.gradient import by_domain, divide
 
 
@@ -138,7 +138,9 @@ def iterate(
 
 def scores_of(problem: Problem, precision: Any, query: Array, g: Array) -> Array:
   """Logits of a chunk of queries and g, far below all others at absent keys."""
-  products = jnp.einsum("...cd,...md->...cm", query, problem.key, precision=precision)
+  products = logits_einsum(
+    "...cd,...md->...cm", query, problem.key, precision=precision
+  )
   return products + absent_low(g, problem.b)[..., None, :]
 
 
@@ -160,7 +162,9 @@ def _keys_dual(problem: Problem, precision: Any, f: Array) -> Array:
   def add(carry, chunk):
     largest, sums = carry
     query, a, f = chunk
-    products = jnp.einsum("...cd,...md->...cm", query, problem.key, precision=precision)
+    products = logits_einsum(
+      "...cd,...md->...cm", query, problem.key, precision=precision
+    )
     scores = products + absent_low(f, a)[..., None]
     new = jnp.maximum(largest, scores.max(-2))
     own = jnp.exp(scores - new[..., None, :]).sum(-2)

@@ -3,7 +3,9 @@
 On a CPU memory takes most of the time of one large kernel, so that none is formed. Few
 closures of short sequences are one expression in the log domain (`xla_short`). The
 batch of longer ones is worked off in blocks whose kernels stay in the cache, in the
-scaling domain (`asap_jax.c_transform`). On other devices all of it is one block.
+scaling domain (`asap_jax.c_transform`). On other devices all of it is one block, and
+few closures are that one expression at any length: it has no range to look after, so no
+loop until data say so, and devices that share a batch need not ask each other.
 """
 
 import functools
@@ -19,7 +21,8 @@ from asap_jax.attention.inputs import Activation
 from asap_jax.c_transform.entropic import check_closures, row_sums
 from asap_jax.c_transform.scaling_domain import ScaledPlan, scaled_plan
 from asap_jax.dual_map.predict import DualMap, linear_dual
-from asap_jax.masses import Masses, Side, zero_invalid
+from asap_jax.masses import Masses, Side, valid_pairs, zero_invalid
+from asap_jax.numerics import logits_einsum
 
 
 def scaled_attention(
@@ -73,14 +76,19 @@ def scaled_attention(
   arguments = query, key, value, dual, *weights, relaxation, momentum, bias
   batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
   if xla_short.is_short(count, query.shape[-2], key.shape[-2], *weights):
-    return jax.lax.platform_dependent(*arguments, cpu=short, default=attend)
+    return short(*arguments)
   if bias is not None:
-    return attend(*arguments)
-  return in_cache(attend, batch, pairs, arguments, own=(2, 2, 2, 1, 1, 1, 1, 1, 2))
+    pairs = 0  # no blocks: it need not have the batch's axes
+  elsewhere = short if count <= xla_short.FEW else None
+  own = (2, 2, 2, 1, 1, 1, 1, 1, 2)
+  return in_cache(attend, batch, pairs, arguments, own, elsewhere=elsewhere)
 
 
 def _short(count, side, precision, query, key, value, dual, *rest):
   *weights, relaxation, momentum, bias = rest
+  pairs = valid_pairs(*weights)
+  if bias is not None and pairs is not None:
+    bias = jnp.where(pairs, bias, 0.0)  # it may hold anything there
   logits = _logits(query, key, bias, precision)
   steps: dict[str, Any] = {
     "relaxation": relaxation,
@@ -170,5 +178,5 @@ def _applied(
 def _logits(
   query: Array, key: Array, bias: Array | None, precision: jax.lax.PrecisionLike
 ) -> Array:
-  products = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
+  products = logits_einsum("...nd,...md->...nm", query, key, precision=precision)
   return products if bias is None else products + bias
