@@ -35,6 +35,25 @@ def float_dtype(*arrays: Array) -> jnp.dtype:
   return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+def logits_einsum(
+  subscripts: str,
+  *operands: Array,
+  precision: jax.lax.PrecisionLike = None,
+  preferred_element_type: jax.typing.DTypeLike | None = None,
+) -> Array:
+  """`jnp.einsum` that makes logits, or goes back to what they were made of.
+
+  Logits are exponentiated, so that their rounding errors are relative errors of a
+  plan. In full precision, as `exact_einsum`, unless another is asked for.
+  """
+  return jnp.einsum(
+    subscripts,
+    *operands,
+    precision=jax.lax.Precision.HIGHEST if precision is None else precision,
+    preferred_element_type=preferred_element_type,
+  )
+
+
 def exact_einsum(subscripts: str, *operands: Array) -> Array:
   """`jnp.einsum` of float arrays, in the operands' full precision.
 
@@ -47,3 +66,40 @@ def exact_einsum(subscripts: str, *operands: Array) -> Array:
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=float_dtype(*operands),
   )
+
+
+def narrow_einsum(subscripts: str, left: Array, right: Array) -> Array:
+  """`exact_einsum` of two stacks of matrices, one of which has few rows or columns.
+
+  For a TPU as products and sums, in float32 as they are: its matrix unit would multiply
+  six times, and code and time to compile are two to four times as much.
+
+  Args:
+    subscripts: such as `"...nd,...rd->...nr"`.
+    left: `[..., a, b]`.
+    right: likewise, broadcast against it.
+  """
+  return jax.lax.platform_dependent(
+    left,
+    right,
+    tpu=functools.partial(multiplied_and_summed, subscripts),
+    default=functools.partial(exact_einsum, subscripts),
+  )
+
+
+def multiplied_and_summed(subscripts: str, left: Array, right: Array) -> Array:
+  """An einsum of two stacks of matrices without a product of matrices."""
+  inputs, result = subscripts.replace("...", "").split("->")
+  (summed,) = set(inputs) - set(result) - {","}
+  names = result + summed
+
+  def aligned(array: Array, own: str) -> Array:
+    if names.index(own[0]) > names.index(own[1]):
+      array = jnp.swapaxes(array, -1, -2)
+    (absent,) = set(names) - set(own)
+    return jnp.expand_dims(array, names.index(absent) - len(names))
+
+  dtype = float_dtype(left, right)
+  both = zip((left, right), inputs.split(","), strict=True)
+  left, right = (aligned(array, own).astype(dtype) for array, own in both)
+  return jnp.sum(left * right, axis=-1)

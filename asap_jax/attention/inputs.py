@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 
 from asap_jax.c_transform.segments import by_segment
 from asap_jax.masses import Side, valid_pairs
+from asap_jax.numerics import logits_einsum
 from asap_jax.teacher.starts import Start, starting_dual
 
 
@@ -45,7 +47,7 @@ class Activation:
     is_product: per element, whether the mask was the outer product of the two, or that
       of segments; `None` where that is known.
     segments: of packed sequences, `[batch..., heads or 1, n]` and `m`, or `None`.
-    precision: of the products (static).
+    precision: of the products (static); `None` keeps logits exact in float32.
     max_segments: most of one element, where that is known (static).
   """
 
@@ -105,7 +107,7 @@ class Activation:
   @property
   def products(self) -> Float[Array, "*batch heads n m"]:
     """query key^T."""
-    return jnp.einsum(
+    return logits_einsum(
       "...nd,...md->...nm", self.query, self.key, precision=self.precision
     )
 
@@ -239,8 +241,23 @@ def prepare(
     value=value,
     unscaled=query,
     scale=factor,
-    precision=precision,
+    precision=_precision_of(dtype, factor) if precision is None else precision,
   )
+
+
+def _precision_of(dtype: Any, factor: Any) -> jax.lax.Precision | None:
+  """The precision of products of inputs for which none is asked.
+
+  `None` leaves it to each product: that of queries and keys is exact in float32, at
+  several times the price of the default on an accelerator. Inputs of 16 bits need not
+  pay it. bfloat16 is what a TPU multiplies by itself, and it stays that under a scale
+  that is a power of two; else the products of three parts lose nothing that counts.
+  """
+  if jnp.promote_types(dtype, jnp.float32) == dtype:
+    return None
+  is_power = isinstance(factor, float) and math.frexp(factor)[0] == 0.5
+  exact = dtype == jnp.bfloat16 and is_power
+  return jax.lax.Precision.DEFAULT if exact else jax.lax.Precision.HIGH
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:

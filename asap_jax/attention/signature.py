@@ -69,7 +69,10 @@ class AttentionFn(Protocol):
       dropout_rate: share of attention weights to drop.
       deterministic: switches dropout off.
       dtype: dtype of the inputs' products and of the result; inferred by default.
-      precision: of the two products; see `jax.lax.Precision`.
+      precision: of the two products (`jax.lax.Precision`); `"default"` trades it for
+        speed. If it is not given, logits keep their float32: a GPU would round float32
+        queries and keys to TF32, a TPU to bfloat16. Inputs of 16 bits are multiplied
+        as fast as loses nothing of them, float32 values at the device's default.
       module: where to sow the weights, as `attention_weights`.
       is_causal: forbids attention to later keys; see Raises.
       force_fp32_for_softmax: accepted for Linen; logits are always float32.

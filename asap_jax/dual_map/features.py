@@ -34,7 +34,7 @@ from asap_jax.masses import (
   normalised,
   zero_invalid,
 )
-from asap_jax.numerics import exact_einsum, float_dtype
+from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum
 from asap_jax.potentials.directions import normalise
 from asap_jax.potentials.gaussian import (
   clouds_of,
@@ -225,7 +225,7 @@ def _cumulants(
     first = mean(products, by_key)
     return [first, mean((products - first) ** 2, by_key)]
   mass = normalised(key_weights, key.shape[-2])
-  first = exact_einsum("...nd,...md->...nm", query, mean(key, key_weights, axis=-2))
+  first = narrow_einsum("...nd,...md->...nm", query, mean(key, key_weights, axis=-2))
   centred = centre(key, key_weights, axis=-2)
   if key.shape[-2] <= 2 * key.shape[-1]:
     # Few keys need no covariance. With roots of the masses nothing stands between the

@@ -21,6 +21,7 @@ from asap_jax.attention.inputs import Inputs
 from asap_jax.attention.signature import attention_fn
 from asap_jax.c_transform.entropic import closures
 from asap_jax.masses import valid, zero_invalid
+from asap_jax.numerics import logits_einsum
 
 
 class Pivot(NamedTuple):
@@ -86,10 +87,10 @@ def lot_attention(inputs: Inputs, *, pivot: Pivot, iterations: int = 5) -> Array
     raise ValueError(f"iterations={iterations}: expected at least one")
   points = pivot.points.astype(inputs.query.dtype)
   masses = jax.nn.softmax(pivot.masses.astype(inputs.query.dtype), axis=-1)
-  to_pivot = jnp.einsum(
+  to_pivot = logits_einsum(
     "...hnd,hrd->...hnr", inputs.query, points, precision=inputs.precision
   )
-  to_keys = jnp.einsum(
+  to_keys = logits_einsum(
     "hrd,...hmd->...hrm", points, inputs.scale * inputs.key, precision=inputs.precision
   )
   left = _row_stochastic(to_pivot, iterations, inputs.query_mask, masses)

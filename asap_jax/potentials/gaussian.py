@@ -20,6 +20,7 @@ TPU and under a sharded batch.
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -34,7 +35,7 @@ from asap_jax.masses import (
   normalised,
   zero_invalid,
 )
-from asap_jax.numerics import exact_einsum, float_dtype
+from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum
 
 Covariances = Literal["diagonal", "low_rank", "full"]
 RANK = 4
@@ -186,13 +187,13 @@ def _low_rank(clouds: Clouds, rank: int) -> tuple[Array, Array]:
   of_y = _product(inverse, _covariance(along_y, y_weights))
   # Variances of y that lie in the span, P B + B P - P B P with P = Q^T (Q Q^T)^(-1) Q.
   both = 2.0 * _weighted_sums(along_y, y, y_weights)
-  both = both - exact_einsum("...sr,...sd->...rd", of_y, basis)
-  dual = exact_einsum("...rs,...sd->...rd", inverse, basis)
+  both = both - narrow_einsum("...sr,...sd->...rd", of_y, basis)
+  dual = narrow_einsum("...rs,...sd->...rd", inverse, basis)
   diagonal = diagonal_form(clouds, jnp.sum(dual * both, axis=-2, keepdims=True))
-  of_diagonal = exact_einsum("...rd,...sd->...rs", basis * diagonal, basis)
+  of_diagonal = narrow_einsum("...rd,...sd->...rs", basis * diagonal, basis)
   correction = _coefficients(of_x, of_y) - _product(inverse, of_diagonal)
   correction = _product(correction, inverse)
-  inside = exact_einsum("...nr,...rs->...ns", along_x, correction) * along_x
+  inside = narrow_einsum("...nr,...rs->...ns", along_x, correction) * along_x
   return diagonal, jnp.sum(inside, axis=-1)
 
 
@@ -229,9 +230,13 @@ def _response(product: Float[Array, "*batch dim dim"]) -> Array:
   eye = jnp.eye(product.shape[-1], dtype=product.dtype)
   matrix = eye + 0.5 * inverse
   quotient = (24.0 * eye - 8.0 * matrix) / 17.0
-  for _ in range(_INVERSE_STEPS):
-    quotient = _product(quotient, 2.0 * eye - _product(matrix, quotient))
+  quotient, _ = _repeated(_inverse_step, _INVERSE_STEPS, quotient, matrix)
   return _product(inverse, quotient)
+
+
+def _inverse_step(quotient: Array, matrix: Array) -> tuple[Array, Array]:
+  eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+  return _product(quotient, 2.0 * eye - _product(matrix, quotient)), matrix
 
 
 @_response.defjvp
@@ -272,15 +277,38 @@ def _roots(product: Float[Array, "*batch dim dim"]) -> tuple[Array, Array]:
   shift = 0.25 + _FLOOR * trace
   largest = trace + shift
   root = (product + shift * eye) / largest
-  inverse = jnp.broadcast_to(eye, root.shape)
-  least = jnp.sqrt(shift / largest)
-  for _ in range(_ROOT_STEPS):
-    scale = jnp.sqrt(3.0 / (1.0 + least + least**2))
-    factor = 1.5 * scale * eye - 0.5 * scale**3 * _product(inverse, root)
-    root, inverse = _product(root, factor), _product(factor, inverse)
-    least = scale * least * (1.5 - 0.5 * (scale * least) ** 2)
+  start = root, jnp.broadcast_to(eye, root.shape), jnp.sqrt(shift / largest)
+  root, inverse, _ = _repeated(_root_step, _ROOT_STEPS, *start)
   largest = jnp.sqrt(largest)
   return largest * root, inverse / largest
+
+
+def _root_step(root: Array, inverse: Array, least: Array) -> tuple[Array, ...]:
+  eye = jnp.eye(root.shape[-1], dtype=root.dtype)
+  scale = jnp.sqrt(3.0 / (1.0 + least + least**2))
+  factor = 1.5 * scale * eye - 0.5 * scale**3 * _product(inverse, root)
+  least = scale * least * (1.5 - 0.5 * (scale * least) ** 2)
+  return _product(root, factor), _product(factor, inverse), least
+
+
+def _repeated(
+  step: Callable[..., tuple[Array, ...]], times: int, *start: Array
+) -> tuple[Array, ...]:
+  """`step` of its own results, so many times.
+
+  For a TPU as a loop: written out, steps of small matrices are most of the code of an
+  attention, and most of the time to compile it.
+  """
+
+  def loop(*start):
+    return jax.lax.fori_loop(0, times, lambda _, each: step(*each), start)
+
+  def written_out(*each):
+    for _ in range(times):
+      each = step(*each)
+    return each
+
+  return jax.lax.platform_dependent(*start, tpu=loop, default=written_out)
 
 
 def _product(left: Array, right: Array) -> Array:
@@ -299,7 +327,7 @@ def _product(left: Array, right: Array) -> Array:
 def _along(basis: Array, points: Array, middle: Array) -> Array:
   """Coordinates of points about their middle along a basis, `[..., n, rank]`."""
   products = (
-    exact_einsum("...nd,...rd->...nr", each, basis) for each in (points, middle)
+    narrow_einsum("...nd,...rd->...nr", each, basis) for each in (points, middle)
   )
   return next(products) - next(products)
 
@@ -322,12 +350,13 @@ def _weighted_sums(
   mass = normalised(weights, points.shape[-2]).astype(points.dtype)[..., None]
   # Transposed before the product: half its time on a CPU.
   transposed = jnp.swapaxes(mass * along, -1, -2)
-  return exact_einsum("...rn,...nd->...rd", transposed, points)
+  return narrow_einsum("...rn,...nd->...rd", transposed, points)
 
 
 def _covariance(centred: Array, weights: Masses) -> Float[Array, "*batch dim dim"]:
   mass = normalised(weights, centred.shape[-2]).astype(centred.dtype)[..., None]
-  return exact_einsum("...ni,...nj->...ij", centred, mass * centred)
+  product = exact_einsum if centred.shape[-1] > 2 * RANK else narrow_einsum
+  return product("...ni,...nj->...ij", centred, mass * centred)
 
 
 def _basis(vectors: Float[Array, "*batch rank dim"]) -> tuple[Array, Array]:
@@ -358,8 +387,8 @@ def _basis(vectors: Float[Array, "*batch rank dim"]) -> tuple[Array, Array]:
     found.append(jnp.where(counts, row * scale, 0.0))
     present.append(counts)
   coefficients = jnp.stack(found, axis=-2)[..., dim:]
-  basis = exact_einsum("...rs,...sd->...rd", coefficients, vectors)
-  gram = exact_einsum("...rd,...sd->...rs", basis, basis)
+  basis = narrow_einsum("...rs,...sd->...rd", coefficients, vectors)
+  gram = narrow_einsum("...rd,...sd->...rs", basis, basis)
   error = eye * jnp.stack(present, axis=-2) - gram
   # (I - E)^(-1) up to the fourth power of what rounding left.
   square = _product(error, error)

@@ -22,8 +22,11 @@ from jaxtyping import Array, Float
 
 from asap_jax import masses
 from asap_jax.masses import Masses, check_weights, zero_invalid
-from asap_jax.numerics import exact_einsum, float_dtype
+from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum
 from asap_jax.potentials import on_accelerators, on_cpu
+
+# Up to so many a TPU projects by products and sums.
+_FEW_SLICES = 8
 
 
 class Potentials(NamedTuple):
@@ -148,9 +151,10 @@ def sliced_potentials(
     )
   check_weights("query_weights", query_weights, query.shape[-2])
   check_weights("key_weights", key_weights, key.shape[-2])
+  product = narrow_einsum if directions.shape[-2] <= _FEW_SLICES else exact_einsum
   x, y = (
     # With directions for all of the batch, no array is transposed.
-    exact_einsum(
+    product(
       "...nd,...ld->...nl",
       points,
       jnp.broadcast_to(directions, (*points.shape[:-2], *directions.shape[-2:])),

@@ -24,9 +24,34 @@ def operations(function, *arguments, platforms=ACCELERATORS):
 
 
 def _count(function, arguments, platform):
-  exported = jax.export.export(jax.jit(function), platforms=[platform])(*arguments)
-  names = re.findall(r"(?:stablehlo|chlo)\.(\w+)", exported.mlir_module())
+  text = exported(function, *arguments, platform=platform)
+  names = re.findall(r"(?:stablehlo|chlo)\.(\w+)", text)
   return collections.Counter(names)
+
+
+def exported(function, *arguments, platform):
+  """The StableHLO of a function for one platform."""
+  function = jax.export.export(jax.jit(function), platforms=[platform])
+  return function(*arguments).mlir_module()
+
+
+def loops_on_data(text):
+  """How many loops of StableHLO have a condition that compares no counter."""
+  conditions = re.findall(r"\bcond \{(.*?)\} do \{", text, re.DOTALL)
+  assert len(conditions) == text.count("stablehlo.while")
+  return sum("stablehlo.compare" not in each for each in conditions)
+
+
+def products(text):
+  """Of each product in StableHLO: its precisions, sizes of both factors and its own."""
+  lines = [line for line in text.splitlines() if "= stablehlo.dot_general" in line]
+  found = []
+  for line in lines:
+    named = re.search(r"precision = \[(\w+), (\w+)\]", line)
+    precisions = set(named.groups()) if named else {"DEFAULT"}
+    sizes = [re.findall(r"(\d+)x", each) for each in re.findall(r"tensor<(\S+)>", line)]
+    found.append((precisions, *(tuple(map(int, each)) for each in sizes)))
+  return found
 
 
 def found(counted, names):

@@ -1,5 +1,6 @@
 """Working off a batch in blocks of one size."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -60,6 +61,8 @@ def in_cache(
   arguments: Sequence[Array | None],
   own: Sequence[int],
   most_pairs: int = _PAIRS,
+  *,
+  elsewhere: Callable[..., T] | None = None,
 ) -> T:
   """`function` of the whole batch; on a CPU of blocks that stay in the cache.
 
@@ -70,12 +73,18 @@ def in_cache(
     arguments: see there.
     own: see there.
     most_pairs: of a block.
+    elsewhere: the same function for other devices than a CPU, if it has another form.
   """
-  if math.prod(batch) * pairs <= most_pairs:
+  blocks = function
+  if math.prod(batch) * pairs > most_pairs:
+    most = max(most_pairs // pairs, 1)
+    blocks = functools.partial(_by_blocks_of, function, batch, most, own)
+  elif elsewhere is None:
     return function(*arguments)
-  most = max(most_pairs // pairs, 1)
   return jax.lax.platform_dependent(
-    *arguments,
-    cpu=lambda *arguments: by_blocks(function, batch, most, arguments, own),
-    default=function,
+    *arguments, cpu=blocks, default=elsewhere or function
   )
+
+
+def _by_blocks_of(function, batch, most, own, *arguments):
+  return by_blocks(function, batch, most, arguments, own)

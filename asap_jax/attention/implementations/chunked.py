@@ -27,7 +27,7 @@ from asap_jax.c_transform.entropic import (
 )
 from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, Side, check_weights, zero_invalid
-from asap_jax.numerics import float_dtype
+from asap_jax.numerics import float_dtype, logits_einsum
 
 # Scores computed at a time: on a CPU they stay in its cache; elsewhere 64 MiB of
 # float32 keep a device busy.
@@ -159,7 +159,6 @@ def _attend(
     attend = functools.partial(_attend, **options)
     return _by_groups(attend, problem, budget // (math.prod(batch[1:]) * least))
   segments = _segments(*ids)
-  product = functools.partial(jnp.einsum, precision=precision)
   by_chunks = functools.partial(_by_chunks, budget=budget // max(math.prod(batch), 1))
 
   def scores(chunk, positions, source, dual):
@@ -170,8 +169,12 @@ def _attend(
     # Else JAX would take the logits, which no dual changes, out of a loop over closures
     # and hold them all.
     chunk, dual = jax.lax.optimization_barrier((chunk, dual))
-    logits = product(
-      "...cd,...sd->...cs", chunk, points, preferred_element_type=rows.dtype
+    logits = logits_einsum(
+      "...cd,...sd->...cs",
+      chunk,
+      points,
+      precision=precision,
+      preferred_element_type=rows.dtype,
     )
     if bias is not None:
       biases = bias if bias.shape[axis] == 1 else jnp.take(bias, positions, axis)
@@ -205,10 +208,11 @@ def _attend(
     weights = jnp.exp(each - jax.lax.stop_gradient(each.max(-1, keepdims=True)))
     # The range of float16 is too small for weights.
     dtype = jnp.float32 if value.dtype == jnp.float16 else value.dtype
-    out = product(
+    out = jnp.einsum(
       "...cm,...mv->...cv",
       weights.astype(dtype),
       value.astype(dtype),
+      precision=precision,
       preferred_element_type=rows.dtype,
     )
     return out / weights.sum(-1, keepdims=True)

@@ -22,7 +22,7 @@ from asap_jax.c_transform.entropic import Duals, marginals, plan
 from asap_jax.c_transform.iterates import Iterates, scaled_iterates
 from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, valid_pairs, zero_invalid
-from asap_jax.numerics import with_usual_promotion
+from asap_jax.numerics import logits_einsum, with_usual_promotion
 from asap_jax.teacher.gradient import (
   Iterations,
   by_domain,
@@ -266,15 +266,18 @@ def _attend_backward(options, residuals, out_bar):
 def _block_cotangents(precision, domain, passed, given):
   """Of queries, keys, values, start, sums of rows and of columns, and bias."""
   query, key, value, pairs, out, out_bar = given
-  einsum = functools.partial(jnp.einsum, precision=precision)
+  # Products with cotangents of logits are as exact as those that make logits.
+  to_tokens = functools.partial(logits_einsum, precision=precision)
   iterations = Iterations(logits_of(query, key, pairs, precision), *passed)
-  value_bar = einsum("...nm,...nv->...mv", iterations.plan(), out_bar)
+  value_bar = jnp.einsum(
+    "...nm,...nv->...mv", iterations.plan(), out_bar, precision=precision
+  )
   # Sums of the plan times its cotangent, without that.
   bars = Duals((out_bar * out).sum(-1), (value * value_bar).sum(-1))
   found = iterations.cotangents(domain, bars, (out_bar, value))
   return (
-    einsum("...nm,...md->...nd", found.logits, key),
-    einsum("...nm,...nd->...md", found.logits, query),
+    to_tokens("...nm,...md->...nd", found.logits, key),
+    to_tokens("...nm,...nd->...md", found.logits, query),
     value_bar,
     found.start,
     found.a,

@@ -19,6 +19,7 @@ from asap_jax.attention.implementations import xla_short
 from asap_jax.attention.implementations.blocks import in_cache
 from asap_jax.attention.inputs import Inputs
 from asap_jax.c_transform.entropic import LOG_ZERO
+from asap_jax.numerics import logits_einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _values(
   bias: Array | None,
   allowed: Array | None,
 ) -> Array:
-  scores = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
+  scores = logits_einsum("...nd,...md->...nm", query, key, precision=precision)
   if bias is not None:
     # A bias of pairs that are excluded may hold anything.
     scores = scores + (bias if allowed is None else jnp.where(allowed, bias, 0.0))

@@ -18,7 +18,7 @@ from asap_jax.c_transform.entropic import LOG_ZERO, Duals
 from asap_jax.c_transform.half_closure import sums_in_range
 from asap_jax.c_transform.iterates import Iterates, column_shift
 from asap_jax.c_transform.segments import Segments
-from asap_jax.numerics import exact_einsum
+from asap_jax.numerics import exact_einsum, logits_einsum
 from asap_jax.teacher.gradient import by_domain, divide
 
 
@@ -157,7 +157,7 @@ def scores_of(problem: Problem, precision: Any, query: Queries, g: Array) -> Arr
 
 
 def _logits(problem: Problem, precision: Any, query: Queries) -> Array:
-  logits = jnp.einsum(
+  logits = logits_einsum(
     "...cd,...md->...cm", query.tokens, problem.key, precision=precision
   )
   if query.segments is None or problem.key_segments is None:

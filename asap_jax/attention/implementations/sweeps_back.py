@@ -26,7 +26,7 @@ from asap_jax.attention.implementations.sweeps import (
   scores_of,
   to_columns,
 )
-from asap_jax.numerics import exact_einsum
+from asap_jax.numerics import exact_einsum, logits_einsum
 from asap_jax.teacher.gradient import by_domain, divide, in_range
 
 
@@ -100,7 +100,8 @@ def cotangents(
   previous = jnp.concatenate([iterates.g[:1], iterates.g[:-1]])
   ways = (iterates.f, iterates.g, previous), iterates.active
   _, (row_parts, column_parts) = jax.lax.scan(step, g_bar, ways, reverse=True)
-  start_bar, row_parts = a * row_parts[0], row_parts.at[0].set(0.0)
+  start_bar = a * row_parts[0]
+  row_parts = jnp.concatenate([jnp.zeros_like(row_parts[:1]), row_parts[1:]])
 
   function = functools.partial(_to_tokens, precision)
   parts = last, row_parts, column_parts
@@ -112,7 +113,7 @@ def cotangents(
 
 def _to_tokens(precision, near, problem, value, swept, out_bar, parts):
   """Cotangents of queries and keys."""
-  einsum = functools.partial(jnp.einsum, precision=precision)
+  einsum = functools.partial(logits_einsum, precision=precision)
   (_, (f, g), (before, gs, _)), (last, row_parts, column_parts) = swept, parts
   previous = jnp.concatenate([gs[:1], gs[:-1]])
 

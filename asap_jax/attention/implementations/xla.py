@@ -3,7 +3,9 @@
 On a CPU memory takes most of the time of one large kernel, so that none is formed. Few
 closures of short sequences are one expression in the log domain (`xla_short`). The
 batch of longer ones is worked off in blocks whose kernels stay in the cache, in the
-scaling domain (`asap_jax.c_transform`). On other devices all of it is one block.
+scaling domain (`asap_jax.c_transform`). On other devices all of it is one block, and
+few closures are that one expression at any length: it has no range to look after, so no
+loop until data say so, and devices that share a batch need not ask each other.
 """
 
 import functools
@@ -21,7 +23,8 @@ from asap_jax.c_transform.entropic import check_closures, row_sums
 from asap_jax.c_transform.scaling_domain import ScaledPlan, scaled_plan
 from asap_jax.c_transform.segments import Segments
 from asap_jax.dual_map.predict import DualMap, linear_dual
-from asap_jax.masses import Masses, Side, zero_invalid
+from asap_jax.masses import Masses, Side, valid_pairs, zero_invalid
+from asap_jax.numerics import logits_einsum
 
 
 def scaled_attention(
@@ -78,14 +81,19 @@ def scaled_attention(
   arguments = query, key, value, dual, *weights, relaxation, momentum, *pairs_of
   batch, pairs = query.shape[:-2], query.shape[-2] * key.shape[-2]
   if xla_short.is_short(count, query.shape[-2], key.shape[-2], *weights):
-    return jax.lax.platform_dependent(*arguments, cpu=short, default=attend)
+    return short(*arguments)
   if bias is not None:
-    return attend(*arguments)
-  return in_cache(attend, batch, pairs, arguments, own=(2, 2, 2, *(1,) * 5, 2, 1, 1))
+    pairs = 0  # no blocks: it need not have the batch's axes
+  elsewhere = short if count <= xla_short.FEW else None
+  own = (2, 2, 2, *(1,) * 5, 2, 1, 1)
+  return in_cache(attend, batch, pairs, arguments, own, elsewhere=elsewhere)
 
 
 def _short(count, side, precision, query, key, value, dual, *rest):
   *weights, relaxation, momentum, bias, of_queries, of_keys = rest
+  pairs = valid_pairs(*weights)
+  if bias is not None and pairs is not None:
+    bias = jnp.where(pairs, bias, 0.0)  # it may hold anything there
   logits = logits_of(query, key, (bias, of_queries, of_keys), precision)
   steps: dict[str, Any] = {
     "relaxation": relaxation,
@@ -187,7 +195,7 @@ def logits_of(
     precision: of the product.
   """
   bias, query_segments, key_segments = pairs
-  logits = jnp.einsum("...nd,...md->...nm", query, key, precision=precision)
+  logits = logits_einsum("...nd,...md->...nm", query, key, precision=precision)
   logits = logits if bias is None else logits + bias
   if query_segments is None or key_segments is None:
     return logits

@@ -34,9 +34,18 @@ def expected(count, masks, bias=None, relaxation=None):
   )
 
 
-@pytest.fixture(params=["short", "whole", "blocks", "single"])
+@pytest.fixture(params=["short", "whole", "blocks", "single", "elsewhere"])
 def blocks(request, monkeypatch):
-  """All at once, or blocks of four heads, which no batch of six divides into."""
+  """All at once, or blocks of four heads, which no batch of six divides into.
+
+  `elsewhere` is the form of other devices than a CPU.
+  """
+  if request.param == "elsewhere":
+
+    def platform_dependent(*arguments, default, **_):
+      return default(*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
   if request.param != "short":
     monkeypatch.setattr(xla_short, "_SHORT", 0)
   size = {"blocks": 4 * N * M, "single": 1}.get(request.param, 2**20)
@@ -78,6 +87,19 @@ def test_momentum_and_the_key_side_against_float64(case):
     QUERY, KEY, VALUE, dual, count, *MASSES.values(), **options
   )
   np.testing.assert_allclose(function(QUERY, KEY, VALUE, dual), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_bias_may_hold_anything_at_padding(count):
+  pairs = QUERY_MASK[..., :, None] & KEY_MASK[..., None, :]
+  bias = jnp.asarray(np.random.default_rng(1).normal(size=(N, M)), jnp.float32)
+  found, wanted = (
+    scaled_attention(
+      QUERY, KEY, VALUE, F, count, **MASKS, bias=jnp.where(pairs, bias, filling)
+    )
+    for filling in (jnp.nan, 0.0)
+  )
+  np.testing.assert_array_equal(found, wanted)
 
 
 def test_what_the_dual_holds_at_padding_reaches_no_gradient():
