@@ -103,3 +103,16 @@ def multiplied_and_summed(subscripts: str, left: Array, right: Array) -> Array:
   both = zip((left, right), inputs.split(","), strict=True)
   left, right = (aligned(array, own).astype(dtype) for array, own in both)
   return jnp.sum(left * right, axis=-1)
+
+
+def varying_as(array: Array, *others: Array) -> Array:
+  """`array`, of a type that varies wherever one of the others does."""
+  axes = frozenset().union(*map(varying_axes, others)) - varying_axes(array)
+  return jax.lax.pcast(array, tuple(axes), to="varying") if axes else array
+
+
+def varying_axes(array: Array) -> frozenset[str]:
+  """Axes along which devices hold other values, inside of `jax.shard_map`."""
+  kind = jax.typeof(array)
+  # Older versions of JAX have it in the type itself.
+  return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying

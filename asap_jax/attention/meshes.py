@@ -13,6 +13,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jaxtyping import Array
 
+from asap_jax.numerics import varying_as, varying_axes
+
 Arguments = dict[str, Any]
 
 
@@ -67,15 +69,8 @@ def on_mesh(
       sharding(PartitionSpec(*batch, heads, rows, None)) if has_weights else None,
     ]
     return auto_axes(run, out_sharding=Attended(*shardings))(*arrays)
-  varying = frozenset().union(*map(_varying, arrays))
+  varying = frozenset().union(*map(varying_axes, arrays))
   return _locally(run, varying, arrays) if varying else attend(arguments)
-
-
-def _varying(array: Array) -> frozenset[str]:
-  """Axes along which devices hold other values, inside of `jax.shard_map`."""
-  kind = jax.typeof(array)
-  # Older versions of JAX have it in the type itself.
-  return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def _locally(
@@ -83,7 +78,7 @@ def _locally(
 ) -> Attended:
   """`run(*arrays)` on each device by itself, unchecked; in reverse mode only."""
   moving = [jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) for x in arrays]
-  shared = [axes - _varying(x) for x in arrays]
+  shared = [axes - varying_axes(x) for x in arrays]
   unchecked = functools.partial(
     jax.shard_map,
     in_specs=PartitionSpec(),
@@ -94,11 +89,7 @@ def _locally(
   pulls: list[Any] = []
 
   def typed(tree: Any) -> Any:
-    def one(array: Array) -> Array:
-      missing = tuple(axes - _varying(array))
-      return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda array: varying_as(array, *arrays), tree)
 
   @jax.custom_vjp
   def call(*arrays: Array) -> Attended:

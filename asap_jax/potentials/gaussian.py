@@ -35,7 +35,12 @@ from asap_jax.masses import (
   normalised,
   zero_invalid,
 )
-from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum
+from asap_jax.numerics import (
+  exact_einsum,
+  float_dtype,
+  narrow_einsum,
+  varying_as,
+)
 
 Covariances = Literal["diagonal", "low_rank", "full"]
 RANK = 4
@@ -299,6 +304,9 @@ def _repeated(
   For a TPU as a loop: written out, steps of small matrices are most of the code of an
   attention, and most of the time to compile it.
   """
+
+  # A loop takes what it returns, types inside of `jax.shard_map` included.
+  start = tuple(varying_as(each, *start) for each in start)
 
   def loop(*start):
     return jax.lax.fori_loop(0, times, lambda _, each: step(*each), start)
