@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import core, nnx
 from flax import linen as nn
@@ -74,6 +75,13 @@ class ByHand(nn.Module):
     return x + self.attend(*self.heads(x)).reshape(x.shape)
 
 
+class Biased(ByHand):
+  def __call__(self, x):
+    query, key, value = self.heads(x)
+    bias = jnp.eye(TOKENS)
+    return self.attend(query, key, value, bias=bias, scale=0.2).reshape(x.shape)
+
+
 class InSetup(nn.Module):
   attend: object = TEACHER
 
@@ -111,6 +119,11 @@ def scanned(attend, x, step=Step, length=2, **options):
 MODULES = {
   "Flax's own": (flax_layer, ["attention"]),
   "in setup": (InSetup, [f"layers_{i}.{{}}" for i in range(2)]),
+  "a field": (
+    lambda attend: nn.Sequential([Block(attend), Block(attend)]),
+    [f"layers_{i}.{{}}" for i in range(2)],
+  ),
+  "bias and scale": (Biased, ["attention"]),
   "by hand": (ByHand, ["attention", "1", "other"]),
   "decorated": (Decorated, ["{}"]),
   "scan": (
@@ -197,7 +210,9 @@ def test_layers_of_a_scan_get_the_maps_that_they_get_one_by_one():
   found, own, report = compile(Made(scanned), core.freeze(stacked))
   other, others, wanted = compile(Two(), single)
   np.testing.assert_allclose(
-    found.apply(own, BATCHES[0]), other.apply(others, BATCHES[0]), atol=2e-3
+    jax.jit(found.apply)(own, BATCHES[0]),
+    jax.jit(other.apply)(others, BATCHES[0]),
+    atol=2e-3,
   )
   for a, b in zip(report.layers, wanted.layers, strict=True):
     np.testing.assert_allclose(a.tv, b.tv, rtol=1e-3)
@@ -212,6 +227,7 @@ def test_the_map_is_the_one_of_the_arrays():
   _, variables, (found, own, report) = block()
   layer = variables["params"]["MultiHeadDotProductAttention_0"]
 
+  @functools.partial(jax.jit, static_argnames="name")
   def heads(name, x):
     return jnp.einsum("bnc,chd->bnhd", x, layer[name]["kernel"]) + layer[name]["bias"]
 
@@ -223,8 +239,8 @@ def test_the_map_is_the_one_of_the_arrays():
   (layer_report,) = report.layers
   np.testing.assert_allclose(layer_report.tv, wanted.tv, rtol=1e-3)
   np.testing.assert_allclose(
-    found.apply(own, BATCHES[0], MASK),
-    Block(attend).apply(variables, BATCHES[0], MASK),
+    jax.jit(found.apply)(own, BATCHES[0], MASK),
+    jax.jit(Block(attend).apply)(variables, BATCHES[0], MASK),
     atol=2e-3,
   )
 
@@ -274,6 +290,18 @@ def test_it_trains_on_with_its_maps_and_inside_another_module():
   assert np.abs(now.dual_map.weights - before.dual_map.weights).max() > 0
 
 
+def test_its_variables_are_saved_as_any_others_are(tmp_path):
+  _, _, (found, own, _) = block()
+  with ocp.StandardCheckpointer() as saver:
+    saver.save(tmp_path / "own", own)
+    saver.wait_until_finished()
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, own)
+    again = saver.restore(tmp_path / "own", shapes)
+  np.testing.assert_array_equal(
+    found.apply(again, BATCHES[0], MASK), found.apply(own, BATCHES[0], MASK)
+  )
+
+
 def test_other_methods_and_functions_of_the_module_run():
   variables = start(ByHand())
   call = lambda module, batch: module.other(batch)  # noqa: E731
@@ -296,11 +324,24 @@ def test_layers_that_are_left_stay_as_they_are():
     compile(module, variables, leave=["no"])
 
 
+def test_a_layer_that_runs_twice_is_fitted_to_both_calls():
+  variables = start(InSetup())
+  call = lambda module, batch: module(batch)  # noqa: E731
+  seen = linen._Observer(InSetup(), variables, BATCHES, call, False, ())
+  for calls in (*seen.activations("Reading"), seen.sample(100)[0][0]):
+    first, second = calls
+    assert (len(first), len(second)) == (2, 1)
+    assert np.abs(first[0].query - first[1].query).max() > 1e-2
+
+
+JitBlock = nn.jit(Block)
+
+
 def test_what_the_teacher_has_traced_in_a_jit_is_not_taken_for_the_compiled():
-  build, _ = MODULES["jit"]
-  variables = start(build(TEACHER))
-  found, own, _ = compile(build(TEACHER), variables, operator=Sinkhorn(1))
-  trained = build(TEACHER).apply(own, BATCHES[0])  # ignores the operators
+  module = Made(lambda attend, x: JitBlock(attend)(x))
+  variables = start(module)
+  found, own, _ = compile(module, variables, operator=Sinkhorn(1))
+  trained = module.apply(own, BATCHES[0])  # ignores the operators
   assert np.abs(found.apply(own, BATCHES[0]) - trained).max() > 1e-3
 
 
