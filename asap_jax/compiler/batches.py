@@ -59,10 +59,13 @@ def check_batch(batch: Any) -> None:
       ) from error
 
 
-def check_runs(run: Callable[[Any], Any], batch: Any) -> None:
-  """Raises ValueError unless the model takes a batch without being observed."""
+def check_runs(run: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
+  """Raises ValueError unless a model takes a batch without being observed.
+
+  It is run as a function of its state and the batch.
+  """
   try:
-    jax.eval_shape(run, batch)
+    jax.eval_shape(run, state, batch)
   except Exception as error:
     raise ValueError(
       f"the model does not run on the first batch, of {kind_of(batch)}: "

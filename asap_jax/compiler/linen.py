@@ -162,9 +162,7 @@ class _Observer(Recorded):
 
     super().__init__([], [], batches, record, progress)
     seen = _shapes_seen(
-      functools.partial(run, variables),
-      functools.partial(module.apply, variables, method=call),
-      self.first,
+      run, functools.partial(module.apply, method=call), variables, self.first
     )
     found = [_Slot(path, seen[path].teacher) for path in sorted(seen, key=_natural)]
     unknown = set(leave) - {slot.name for slot in found}
@@ -191,17 +189,20 @@ class _Observer(Recorded):
 
 
 def _shapes_seen(
-  run: Callable[[Any], Any], plain: Callable[[Any], Any], batch: Any
+  run: Callable[[Any, Any], Any],
+  plain: Callable[[Any, Any], Any],
+  variables: Variables,
+  batch: Any,
 ) -> dict[tuple[str, ...], Seen]:
   """What is recorded of a batch, as shapes."""
   check_batch(batch)
   try:
-    return shapes_with_every_call_heard(run, batch)
+    return shapes_with_every_call_heard(functools.partial(run, variables), batch)
   except Refused as error:
     raise ValueError(str(error)) from error
   # A module may raise anything, and so may a transformation around a layer.
   except Exception as error:
-    check_runs(plain, batch)
+    check_runs(plain, variables, batch)
     raise ValueError(
       "the module could not be run with its Sinkhorn attention under observation: "
       f"{error}. The attention sits in a transformation that shares its parameters, "

@@ -139,7 +139,10 @@ def shapes_seen(
     raise ValueError(str(error)) from error
   # A model may raise anything, and so may a transformation around a layer.
   except Exception as error:
-    check_runs(_plain(model, call), batch)
+    plain = nnx.clone(model)
+    plain.eval()
+    graph, state = nnx.split(plain)
+    check_runs(lambda state, batch: call(nnx.merge(graph, state), batch), state, batch)
     raise ValueError(
       "the model could not be run with its Sinkhorn attention under observation: "
       f"{error}. The attention sits in a transformation that shares it, such as "
@@ -147,16 +150,6 @@ def shapes_seen(
       "and nnx.scan over stacked layers can be compiled, and attention takes batch "
       "axes without vmap"
     ) from error
-
-
-def _plain(
-  model: nnx.Module, call: Callable[[nnx.Module, Any], Any]
-) -> Callable[[Any], Any]:
-  """The model as a function of a batch, unobserved."""
-  copied = nnx.clone(model)
-  copied.eval()
-  graph, state = nnx.split(copied)
-  return lambda batch: call(nnx.merge(graph, state), batch)
 
 
 def flatten_batch(inputs: Inputs) -> Activation:
