@@ -172,8 +172,8 @@ class CompiledModule(nn.Module):
     >>> from flax import linen
     >>> teacher = linen.MultiHeadDotProductAttention(2, attention_fn=sinkhorn_attention)
     >>> tokens = jax.random.normal(jax.random.key(0), (2, 6, 8))
-    >>> variables = teacher.init(jax.random.key(1), tokens)
-    >>> variables["params"]["asap"] = Sinkhorn(3)
+    >>> parameters = teacher.init(jax.random.key(1), tokens)["params"]
+    >>> variables = {"params": parameters | {"asap": Sinkhorn(3)}}
     >>> CompiledModule(teacher).apply(variables, tokens).shape
     (2, 6, 8)
   """
