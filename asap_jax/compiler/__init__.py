@@ -1,7 +1,8 @@
 """From a trained model to a compiled one.
 
 `api` is `asap_jax.compile`, and `asap_jax.choose` for another device; `arrays` is
-`asap_jax.fit`, for one layer of which there are only arrays. In the order of their
+`asap_jax.fit`, for one layer of which there are only arrays; `linen` is
+`asap_jax.compile_linen`, by the `slots` where Linen modules call. In the order of their
 steps: `sites` finds the Sinkhorn attentions, `recording` watches them on calibration
 batches (`batches` checks these, `recorder` records one forward pass, `unreplaced` names
 the calls at no site), `recorded` streams what was seen, whoever saw it; from there on
@@ -17,16 +18,20 @@ from asap_jax.compiler.api import Compiled, choose, compile
 from asap_jax.compiler.arrays import AttentionCall, Fitted, FittedAttention, fit
 from asap_jax.compiler.distillation import Distilled, distil
 from asap_jax.compiler.kept import CandidateAttention
+from asap_jax.compiler.linen import CompiledLinen, compile_linen
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.report import Alternative, LayerReport, Report
 from asap_jax.compiler.saving import load, save
+from asap_jax.compiler.slots import CompiledModule
 
 __all__ = [
   "Alternative",
   "AttentionCall",
   "CandidateAttention",
   "Compiled",
+  "CompiledLinen",
+  "CompiledModule",
   "Distilled",
   "Fitted",
   "FittedAttention",
@@ -36,6 +41,7 @@ __all__ = [
   "Sinkhorn",
   "choose",
   "compile",
+  "compile_linen",
   "distil",
   "fit",
   "load",

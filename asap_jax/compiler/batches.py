@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 
 class Stored:
@@ -60,17 +59,13 @@ def check_batch(batch: Any) -> None:
       ) from error
 
 
-def check_runs(
-  model: nnx.Module, batch: Any, call: Callable[[nnx.Module, Any], Any]
-) -> None:
-  """Raises ValueError unless the model takes a batch without being observed."""
-  plain = nnx.clone(model)
-  plain.eval()
-  graph, state = nnx.split(plain)
+def check_runs(run: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
+  """Raises ValueError unless a model takes a batch without being observed.
+
+  It is run as a function of its state and the batch.
+  """
   try:
-    jax.eval_shape(
-      lambda state, batch: call(nnx.merge(graph, state), batch), state, batch
-    )
+    jax.eval_shape(run, state, batch)
   except Exception as error:
     raise ValueError(
       f"the model does not run on the first batch, of {kind_of(batch)}: "

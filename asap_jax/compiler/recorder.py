@@ -140,7 +140,10 @@ def shapes_seen(
     raise ValueError(str(error)) from error
   # A model may raise anything, and so may a transformation around a layer.
   except Exception as error:
-    check_runs(model, batch, call)
+    plain = nnx.clone(model)
+    plain.eval()
+    graph, state = nnx.split(plain)
+    check_runs(lambda state, batch: call(nnx.merge(graph, state), batch), state, batch)
     raise ValueError(
       "the model could not be run with its Sinkhorn attention under observation: "
       f"{error}. The attention sits in a transformation that shares it, such as "

@@ -46,8 +46,9 @@ class Observer(Recorded):
     if not isinstance(model, nnx.Module):
       raise ValueError(
         f"model is of {kind_of(model)}: expected a Flax NNX module, for its attention "
-        "functions are found among the attributes of its modules; asap_jax.fit takes "
-        "the queries and keys of one layer, whatever it is made of"
+        "functions are found among the attributes of its modules; Linen has "
+        "asap_jax.compile_linen, and asap_jax.fit takes the queries and keys of one "
+        "layer, whatever it is made of"
       )
     found = find_sinkhorn(model)
     unknown = set(leave) - {site.name for site in found}

@@ -11,6 +11,7 @@ from flax import linen, nnx
 from helpers.peer_cases import CASES, HEADS, PIVOT, N, normal
 
 from asap_jax import sinkhorn_attention, softmax_attention
+from asap_jax.attention.signature import answering
 from asap_jax.peers import ATTENTIONS, attention_named, esp_attention, lot_attention
 
 WIDTH = 8
@@ -151,3 +152,22 @@ def test_names():
 def test_names_and_options_that_are_unknown(name, options, message):
   with pytest.raises(ValueError, match=message):
     attention_named(name, **options)
+
+
+def test_calls_are_answered_by_another_or_left_and_its_own_are_not():
+  heard = []
+
+  def answer(name, given):
+    heard.append((name, given["mask"], given.get("iterations")))
+    if name != "sinkhorn_attention":
+      return None
+    return 2.0 * sinkhorn_attention(**given)  # asks nobody
+
+  wanted = sinkhorn_attention(*INPUTS, iterations=2), softmax_attention(*INPUTS)
+  with answering(answer):
+    first = sinkhorn_attention(*INPUTS, iterations=2)
+    second = softmax_attention(*INPUTS, is_causal=False)
+  np.testing.assert_allclose(first, 2.0 * wanted[0], rtol=1e-6)
+  np.testing.assert_array_equal(second, wanted[1])
+  assert heard == [("sinkhorn_attention", None, 2), ("softmax_attention", None, None)]
+  np.testing.assert_array_equal(sinkhorn_attention(*INPUTS, iterations=2), wanted[0])
