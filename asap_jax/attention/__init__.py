@@ -1,9 +1,10 @@
 """Attention functions under the one signature of Flax's layers, and the layers.
 
 `functions` has softmax, Sinkhorn and compiled attention; `inputs` lays out their
-arguments, `signature` turns a short core into a function that Flax can call, `layers`
-are the NNX modules, `amortized` those whose map learns with the model, and
-`implementations` are the ways to compute the closures.
+arguments, `masks` takes masks and packed sequences apart, `signature` turns a short core
+into a function that Flax can call, `layers` are the NNX modules, `amortized` those whose
+map learns with the model, `implementations` are the ways to compute the closures, and
+`sequence_sharded` is the one for sequences that are spread over devices.
 """
 
 from asap_jax.attention.amortized import (
@@ -21,6 +22,7 @@ from asap_jax.attention.layers import (
   DualParam,
   SinkhornMultiHeadAttention,
 )
+from asap_jax.attention.sequence_sharded import sequence_sharded_attention
 from asap_jax.attention.signature import AttentionFn
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
   "SinkhornMultiHeadAttention",
   "asap_attention",
   "dual_loss",
+  "sequence_sharded_attention",
   "sinkhorn_attention",
   "softmax_attention",
 ]
