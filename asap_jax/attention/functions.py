@@ -3,7 +3,9 @@
 Each is an `AttentionFn`: it takes queries, keys and values `[batch..., length, heads,
 head_dim]` and drops in as `attention_fn` of `nnx.MultiHeadAttention` or
 `linen.MultiHeadDotProductAttention`; further arguments are bound with
-`functools.partial`. Logits and duals are float32 whatever the input's dtype.
+`functools.partial`. Logits and duals are float32 whatever the input's dtype, on every
+device: unless `precision` says otherwise, products that make logits are not rounded to
+what a GPU or a TPU multiplies fastest.
 """
 
 import functools

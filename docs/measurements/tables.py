@@ -86,11 +86,13 @@ def _cell(file: str, asked: str, shown: str, form: str) -> str:
 
 def _run(file: str) -> str:
   place, config, seconds = map(_read(file).get, ("environment", "config", "seconds"))
+  seeds = config.get("seeds", [config["seed"]] if "seed" in config else [])
+  # What is only compiled draws nothing, and has no seed.
+  seed = f"seed {', '.join(map(str, seeds))}, " if seeds else ""
   return (
     f"Run of {place['date']} at commit `{place['commit']}`: {place['device_kind']}, "
-    f"{place['cpu_count']} cores, Python {place['python']}, JAX {place['jax']}, seed "
-    f"{', '.join(map(str, config.get('seeds', [config.get('seed')])))}, "
-    f"{seconds['total']:.0f} s in all."
+    f"{place['cpu_count']} cores, Python {place['python']}, JAX {place['jax']}, "
+    f"{seed}{seconds['total']:.0f} s in all."
   )
 
 
