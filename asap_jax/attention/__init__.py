@@ -1,10 +1,10 @@
 """Attention functions under the one signature of Flax's layers, and the layers.
 
 `functions` has softmax, Sinkhorn and compiled attention; `inputs` lays out their
-arguments, `masks` takes masks and packed sequences apart, `signature` turns a short core
-into a function that Flax can call, `layers` are the NNX modules, `amortized` those whose
-map learns with the model, `implementations` are the ways to compute the closures, and
-`sequence_sharded` is the one for sequences that are spread over devices.
+arguments, `masks` takes masks and packed sequences apart, `signature` turns a short
+core into a function that Flax can call, `layers` are the NNX modules, `amortized` those
+whose map learns with the model, `implementations` are the ways to compute the closures,
+and `sequence_sharded` is the one for sequences that are spread over devices.
 """
 
 from asap_jax.attention.amortized import (
