@@ -103,3 +103,23 @@ def multiplied_and_summed(subscripts: str, left: Array, right: Array) -> Array:
   both = zip((left, right), inputs.split(","), strict=True)
   left, right = (aligned(array, own).astype(dtype) for array, own in both)
   return jnp.sum(left * right, axis=-1)
+
+
+def repeated(
+  step: Callable[..., tuple[Array, ...]], times: int, *start: Array
+) -> tuple[Array, ...]:
+  """`step` of its own results, so many times.
+
+  For a TPU as a loop: written out, steps of small matrices are most of the code of an
+  attention, and most of the time to compile it.
+  """
+
+  def loop(*start):
+    return jax.lax.fori_loop(0, times, lambda _, each: step(*each), start)
+
+  def written_out(*each):
+    for _ in range(times):
+      each = step(*each)
+    return each
+
+  return jax.lax.platform_dependent(*start, tpu=loop, default=written_out)
