@@ -116,3 +116,25 @@ def varying_axes(array: Array) -> frozenset[str]:
   kind = jax.typeof(array)
   # Older versions of JAX have it in the type itself.
   return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def repeated(
+  step: Callable[..., tuple[Array, ...]], times: int, *start: Array
+) -> tuple[Array, ...]:
+  """`step` of its own results, so many times.
+
+  For a TPU as a loop: written out, steps of small matrices are most of the code of an
+  attention, and most of the time to compile it.
+  """
+  # A loop takes what it returns, types inside of `jax.shard_map` included.
+  start = tuple(varying_as(each, *start) for each in start)
+
+  def loop(*start):
+    return jax.lax.fori_loop(0, times, lambda _, each: step(*each), start)
+
+  def written_out(*each):
+    for _ in range(times):
+      each = step(*each)
+    return each
+
+  return jax.lax.platform_dependent(*start, tpu=loop, default=written_out)

@@ -20,7 +20,6 @@ TPU and under a sharded batch.
 
 import functools
 import operator
-from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -35,12 +34,7 @@ from asap_jax.masses import (
   normalised,
   zero_invalid,
 )
-from asap_jax.numerics import (
-  exact_einsum,
-  float_dtype,
-  narrow_einsum,
-  varying_as,
-)
+from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum, repeated
 
 Covariances = Literal["diagonal", "low_rank", "full"]
 RANK = 4
@@ -235,7 +229,7 @@ def _response(product: Float[Array, "*batch dim dim"]) -> Array:
   eye = jnp.eye(product.shape[-1], dtype=product.dtype)
   matrix = eye + 0.5 * inverse
   quotient = (24.0 * eye - 8.0 * matrix) / 17.0
-  quotient, _ = _repeated(_inverse_step, _INVERSE_STEPS, quotient, matrix)
+  quotient, _ = repeated(_inverse_step, _INVERSE_STEPS, quotient, matrix)
   return _product(inverse, quotient)
 
 
@@ -283,7 +277,7 @@ def _roots(product: Float[Array, "*batch dim dim"]) -> tuple[Array, Array]:
   largest = trace + shift
   root = (product + shift * eye) / largest
   start = root, jnp.broadcast_to(eye, root.shape), jnp.sqrt(shift / largest)
-  root, inverse, _ = _repeated(_root_step, _ROOT_STEPS, *start)
+  root, inverse, _ = repeated(_root_step, _ROOT_STEPS, *start)
   largest = jnp.sqrt(largest)
   return largest * root, inverse / largest
 
@@ -294,29 +288,6 @@ def _root_step(root: Array, inverse: Array, least: Array) -> tuple[Array, ...]:
   factor = 1.5 * scale * eye - 0.5 * scale**3 * _product(inverse, root)
   least = scale * least * (1.5 - 0.5 * (scale * least) ** 2)
   return _product(root, factor), _product(factor, inverse), least
-
-
-def _repeated(
-  step: Callable[..., tuple[Array, ...]], times: int, *start: Array
-) -> tuple[Array, ...]:
-  """`step` of its own results, so many times.
-
-  For a TPU as a loop: written out, steps of small matrices are most of the code of an
-  attention, and most of the time to compile it.
-  """
-
-  # A loop takes what it returns, types inside of `jax.shard_map` included.
-  start = tuple(varying_as(each, *start) for each in start)
-
-  def loop(*start):
-    return jax.lax.fori_loop(0, times, lambda _, each: step(*each), start)
-
-  def written_out(*each):
-    for _ in range(times):
-      each = step(*each)
-    return each
-
-  return jax.lax.platform_dependent(*start, tpu=loop, default=written_out)
 
 
 def _product(left: Array, right: Array) -> Array:
