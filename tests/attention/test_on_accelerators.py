@@ -61,24 +61,12 @@ def text(name, platform, has_slopes, precision=None):
   return lowered.exported(run, *shapes(), platform=platform)
 
 
-def cases(test):
-  for name, values in {
-    "has_slopes": [False, True],
-    "platform": [pytest.param("cuda", marks=pytest.mark.slow), "tpu"],
-    "name": ATTENTIONS,
-  }.items():
-    test = pytest.mark.parametrize(name, values)(test)
-  return test
-
-
-@cases
-def test_loops_that_wait_for_data_are_where_they_have_to_be(name, platform, has_slopes):
+def loops_wait_for_data_where_they_have_to(name, platform, has_slopes):
   count = lowered.loops_on_data(text(name, platform, has_slopes))
   assert (count == 0) == ATTENTIONS[name][1 + has_slopes]
 
 
-@cases
-def test_no_place_is_looked_up(name, platform, has_slopes):
+def no_place_is_looked_up(name, platform, has_slopes):
   if name in ("sinkhorn", "chunked", "gaussian"):
     # Duals are kept iteration by iteration, at places that a loop counts.
     forbidden = "gather", "scatter"
@@ -100,13 +88,24 @@ def of_logits(name, platform, has_slopes, precision=None):
   return logits, values
 
 
-@cases
-def test_logits_keep_their_float32(name, platform, has_slopes):
+def logits_keep_their_float32(name, platform, has_slopes):
   logits, values = of_logits(name, platform, has_slopes)
   assert len(logits) >= 1 + 2 * has_slopes
   assert all(found == {"HIGHEST"} for found in logits)
   # In gradients of iterations products with values are exact as well.
   assert {"DEFAULT"} in values
+
+
+# All of a case together: tracing it takes longer than looking.
+@pytest.mark.parametrize("has_slopes", [False, True])
+@pytest.mark.parametrize(
+  "platform", [pytest.param("cuda", marks=pytest.mark.slow), "tpu"]
+)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_what_is_lowered(name, platform, has_slopes):
+  loops_wait_for_data_where_they_have_to(name, platform, has_slopes)
+  no_place_is_looked_up(name, platform, has_slopes)
+  logits_keep_their_float32(name, platform, has_slopes)
 
 
 @pytest.mark.parametrize("name", ["softmax", "sinkhorn", "chunked", "sliced"])

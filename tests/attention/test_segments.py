@@ -90,7 +90,13 @@ def with_gradients(function):
   return run
 
 
-SLOW = ("one iteration", "relaxed, chunked", "Gaussian, chunked", "slices, chunked")
+SLOW = (
+  "one iteration",
+  "Gaussian",
+  "relaxed, chunked",
+  "Gaussian, chunked",
+  "slices, chunked",
+)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,23 @@ def test_every_block_is_doubly_stochastic():
       np.testing.assert_allclose(sums, np.full(sums.shape, share), rtol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["xla", "Gaussian", "slices"])
+@pytest.mark.parametrize("name", ["OTT-JAX", "xla", "chunked", "half", "slices"])
+def test_segments_of_one_side_are_padding(name):
+  queries, keys = (jnp.array([[1, 1, 1, last, last]] * BATCH) for last in (2, 3))
+  given = tokens(n=5, m=5)
+  attend = functools.partial(FUNCTIONS[name], max_segments=3)
+  found, bars = with_gradients(functools.partial(attend, segment_ids=(queries, keys)))(
+    *given
+  )
+  alone = FUNCTIONS[name](*(x[:, :3] for x in given))
+  np.testing.assert_allclose(found[:, :3], alone, atol=2e-5)
+  for array in (found, *bars):
+    assert not np.any(array[:, 3:])
+
+
+@pytest.mark.parametrize(
+  "name", ["xla", "slices", pytest.param("Gaussian", marks=pytest.mark.slow)]
+)
 def test_a_mask_of_segments_is_understood(name):
   function, given = functools.partial(FUNCTIONS[name], max_segments=3), tokens()
   mask = jnp.asarray((QUERIES[..., None] == KEYS[:, None]) & (QUERIES > 0)[..., None])
@@ -228,6 +250,7 @@ def test_bias_and_low_precision():
     np.testing.assert_allclose(found.astype(jnp.float32), wide, atol=0.05)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop_and_padding_may_hold_anything():
   given = tokens()
   attend = functools.partial(SINKHORN, start="gaussian", iterations=2, max_segments=3)

@@ -49,10 +49,8 @@ def alone(batch):
   return {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(ids)}
 
 
-@pytest.mark.parametrize(
-  "features",
-  [("cumulants",), pytest.param(("potentials", "query"), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("features", [("cumulants",), ("potentials", "query")])
 def test_the_map_is_that_of_the_sequences_alone(features):
   recipe = asap_jax.Recipe(features=features, slices=2, refine_steps=0)
   model, batches = Layer(), packed_batches()
