@@ -60,6 +60,10 @@ def on_mesh(
   query, value = (jax.typeof(arguments[name]) for name in ("query", "value"))
   mesh = query.sharding.mesh
   if AxisType.Explicit in mesh.axis_types:
+    inside = AxisType.Manual in mesh.axis_types
+    specs = None if has_number or inside else _local_specs(arguments)
+    if specs is not None:
+      return _by_device(attend, arguments, specs, has_weights)
     # The compiler finds the shardings inside.
     *batch, rows, heads, _ = query.sharding.spec
     sharding = functools.partial(NamedSharding, mesh)
@@ -71,6 +75,89 @@ def on_mesh(
     return auto_axes(run, out_sharding=Attended(*shardings))(*arrays)
   varying = frozenset().union(*map(varying_axes, arrays))
   return _locally(run, varying, arrays) if varying else attend(arguments)
+
+
+def _local_specs(arguments: Arguments) -> dict[str, Any] | None:
+  """How arrays have to be spread, so that each device attends by itself.
+
+  `None` where one cannot: where sequences or groups of heads are spread, where weights
+  are dropped at random, whose numbers depend on shapes, and for arrays of which it is
+  not known what their axes are.
+  """
+  query = jax.typeof(arguments["query"])
+  *batch, rows, heads, dim = _spec_of(query)
+  kv_heads = arguments["key"].shape[-2]
+  if rows or dim or (heads and kv_heads != query.shape[-2]):
+    return None
+  if arguments["dropout_rate"] != 0.0 and not arguments["deterministic"]:
+    return None
+  tokens = PartitionSpec(*batch, None, heads, None)
+  whole = (*batch, heads, None, None)
+
+  def of_pairs(array: Array) -> PartitionSpec:
+    own = whole[len(whole) - array.ndim :]
+    sizes = zip(array.shape, own, strict=True)
+    return PartitionSpec(*(None if size == 1 else axis for size, axis in sizes))
+
+  known: dict[str, Callable[[Array], PartitionSpec]] = {
+    "query": lambda _: tokens,
+    "key": lambda _: tokens,
+    "value": lambda _: tokens,
+    "mask": of_pairs,
+    "bias": of_pairs,
+    "segment_ids": lambda _: PartitionSpec(*batch, None),
+    "dual_map": lambda leaf: PartitionSpec(heads, *(None,) * (leaf.ndim - 1)),
+    "epsilon": lambda _: PartitionSpec(),
+    "dropout_rng": lambda _: PartitionSpec(),
+  }
+  arrays = {name: value for name, value in arguments.items() if jax.tree.leaves(value)}
+  found: dict[str, Any] = {}
+  for name, value in arrays.items():
+    leaves = [x for x in jax.tree.leaves(value) if isinstance(x, jax.Array)]
+    if leaves and name not in known:
+      return None
+    if leaves:
+      found[name] = jax.tree.map(known[name], value)
+  return found
+
+
+def _by_device(
+  attend: Callable[[Arguments], Attended],
+  arguments: Arguments,
+  specs: dict[str, Any],
+  has_weights: bool,
+) -> Attended:
+  """`attend` of what each device has: nothing crosses devices."""
+  query = arguments["query"]
+  mesh = (
+    jax.typeof(query).sharding.mesh
+    if isinstance(query, jax.core.Tracer)
+    else query.sharding.mesh
+  )
+  *batch, _, heads, _ = specs["query"]
+  placed = {
+    name: jax.tree.map(
+      lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)),
+      arguments[name],
+      spec,
+    )
+    for name, spec in specs.items()
+  }
+  of_weights: Any = PartitionSpec(*batch, heads) if has_weights else None
+  out_specs = Attended(specs["query"], None, of_weights)
+  run = jax.shard_map(
+    lambda own: attend(arguments | own),
+    mesh=mesh,
+    in_specs=(specs,),
+    out_specs=out_specs,
+    check_vma=False,
+  )
+  return run(placed)
+
+
+def _spec_of(kind: Any) -> tuple[Any, ...]:
+  spec = tuple(kind.sharding.spec)
+  return (*spec, *(None,) * (kind.ndim - len(spec)))
 
 
 def _locally(

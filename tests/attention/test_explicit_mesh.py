@@ -5,6 +5,7 @@ from helpers.lowered import run_on_host_devices
 
 FUNCTIONS = """
   import functools
+  import re
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -35,6 +36,7 @@ FUNCTIONS = """
     "ott": functools.partial(sinkhorn, implementation="ott"),
     "sliced": functools.partial(asap_attention, dual_map=sliced),
     "closures": functools.partial(asap_attention, dual_map=sliced.with_closures(3)),
+    "packed": functools.partial(sinkhorn, max_segments=1, start="gaussian"),
   }
   tokens = [jax.random.normal(key, (8, 6, 4, 8)) for key in keys[2:]]
   placed = [jax.device_put(x, by_head) for x in tokens]
@@ -53,6 +55,16 @@ FUNCTIONS = """
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
       np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5, err_msg=name)
 
+  def collectives(function):
+    def pulled(query, key, value, mask, bar):
+      attend = functools.partial(function, mask=mask)
+      out, pull = jax.vjp(attend, query, key, value)
+      return out, pull(bar)
+
+    text = jax.jit(pulled).lower(*placed, placed_mask, placed[0]).compile().as_text()
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return re.findall(rf"\\b(?:{names})(?:-start)?\\(", text)
+
   for name, function in functions.items():
     for given in ((mask, placed_mask), (None, None)):
       expected = values_and_slopes(function)(*tokens, given[0])
@@ -62,6 +74,8 @@ FUNCTIONS = """
       (_, out), slopes = found
       for array in (out, *slopes):
         assert jax.typeof(array).sharding.spec == by_head.spec, (name, array.sharding)
+    with jax.set_mesh(mesh):
+      assert collectives(function) == [], name
 
   def sown(x, mask):
     layer = nnx.MultiHeadAttention(
