@@ -102,7 +102,7 @@ def _packed(
     segments, is_known = _segments_of(mask, inputs)
   most = jnp.stack([ids.max(-1) for ids in segments]).max(0)[..., None, None]
   if not isinstance(most, jax.core.Tracer):
-    found = int(most.max())
+    found = int(most.max(initial=0))
     if max_segments is not None and found > max_segments:
       raise ValueError(
         f"max_segments={max_segments}: an element of the batch has {found} segments"

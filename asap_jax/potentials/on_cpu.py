@@ -78,8 +78,7 @@ def _infinite(x: Array, weights: Masses) -> Array:
 def _describe(values: Array, order: Array, weights: Masses, exact: bool) -> _Sorted:
   n = values.shape[0]
   # Equal points share the first of their places: their potentials are equal, too.
-  # NaN equals nothing, so that absent points, all infinite, are no run of equals.
-  places = sorting.first_of_equals(jnp.where(jnp.isfinite(values), values, jnp.nan))
+  places = sorting.first_of_equals(values)
   rank = sorting.inverse(order, places)
   mask = masses.valid(weights)
   count: Array | int = n

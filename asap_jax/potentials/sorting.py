@@ -95,9 +95,12 @@ def inverse(
 
 
 def first_of_equals(ordered: Float[Array, "n *batch"]) -> Int[Array, "n *batch"]:
-  """First place that holds the same number, for each place of an ascending sequence."""
+  """First place that holds the same number, for each place of an ascending sequence.
+
+  Infinite numbers are the same as none: absent points are no run of equals.
+  """
   ordered = jax.lax.stop_gradient(ordered)
-  tied = ordered[1:] == ordered[:-1]
+  tied = (ordered[1:] == ordered[:-1]) & jnp.isfinite(ordered[1:])
   tied = jnp.pad(tied, [(1, 0)] + [(0, 0)] * (tied.ndim - 1))
   place = jnp.broadcast_to(places_of(ordered), ordered.shape)
 
@@ -125,6 +128,7 @@ def _packed(x: Array) -> Array:
   # Levels span each sequence's own range: none of them is lost to other sequences.
   least = jnp.min(x, axis=0, where=finite, initial=jnp.inf)
   largest = jnp.max(x, axis=0, where=finite, initial=-jnp.inf)
+  least = jnp.where(finite.any(0), least, 0.0)  # no difference is to be NaN
   spread = largest - least
   # One bit for the sign, one for what rounding adds.
   levels = 2.0 ** (bits - 2 - _index_bits(n))
