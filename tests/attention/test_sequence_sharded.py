@@ -52,9 +52,13 @@ SCRIPT = """
 
   for name in NAMES:
     options = cases[name]
-    for axes in (("queries", "keys"), (None, "keys"), ("queries", None)):
+    for axes, masked in (
+      (("queries", "keys"), (True, False)),
+      ((None, "keys"), (True,)),
+      (("queries", None), (False,)),
+    ):
       rows, columns = P("batch", axes[0]), P("batch", axes[1])
-      for given in (valid, None):
+      for given in (valid if each else None for each in masked):
         def attend(query, key, value, *valid):
           both = dict(zip(("query_valid", "key_valid"), valid))
           return sequence_sharded_attention(
@@ -85,7 +89,7 @@ SCRIPT = """
         found, expected = found(*tokens), expected(*tokens)
         for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
           np.testing.assert_allclose(one, other, rtol=1e-4, atol=5e-5, err_msg=name)
-      if "start" not in options and "iterations" in options:
+      if given is None and "start" not in options and "iterations" in options:
         text = jax.jit(spread).lower(*tokens).compile().as_text()
         # Of four iterations a loop runs three: two are written out.
         written = {"one": 1, "four": 2}[name]

@@ -33,7 +33,6 @@ SCRIPT = """
     jnp.ones((2, 1, 4)), 0.1 * jnp.ones((2, 5)), ("potentials", "query")
   )
   functions = {
-    "sinkhorn": functools.partial(asap_jax.sinkhorn_attention, iterations=3),
     "gaussian": functools.partial(
       asap_jax.sinkhorn_attention, iterations=2, start="gaussian"
     ),
