@@ -133,7 +133,9 @@ class ClosedPlan:
     )
     if self.gradient and self.implementation != "cudnn":
       return iterate()
-    tokens: tuple[Any, ...] = inputs.query, inputs.key, value, self._dual
+    if isinstance(start, str):
+      start = self._dual
+    tokens: tuple[Any, ...] = inputs.query, inputs.key, value, start
     functions: dict[object, Callable[..., Array]] = {
       "xla": scaled_attention,
       "chunked": chunked_attention,
