@@ -111,6 +111,11 @@ def test_first_of_equals_is_a_search(row):
   np.testing.assert_array_equal(first_of_equals(jnp.asarray(ordered)), expected)
 
 
+def test_infinite_numbers_are_no_run_of_equals():
+  ordered = jnp.array([1.0, 1.0, jnp.inf, jnp.inf])[:, None]
+  assert first_of_equals(ordered)[:, 0].tolist() == [0, 0, 2, 3]
+
+
 @given(
   st.lists(st.integers(-5, 5), min_size=1, max_size=9),
   st.lists(st.integers(-6, 6), min_size=1, max_size=5),

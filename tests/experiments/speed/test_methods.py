@@ -93,6 +93,20 @@ def test_padded_attentions_see_valid_tokens_alone():
   assert compared == ["xla", "xla_blocked", "jax_nn", "ott", "log", "xla", "chunked"]
 
 
+@pytest.mark.parametrize("name", ["potentials", "features"])
+def test_padded_parts_leave_padding_out(name):
+  problem = problem_of(SHAPE._replace(batch=3, length=8, padded=True))
+  (part,) = candidates(problem, [name])
+  found = part.function(*problem.inputs, *part.arguments, mask=problem.mask)
+  if name == "potentials":
+    found, _ = found  # beside them, projections of all queries
+  absent = ~np.asarray(attentions.valid_tokens(problem.mask))
+  for leaf in jax.tree.leaves(found):
+    points = np.moveaxis(np.asarray(leaf), -1, 1)
+    assert not points[absent].any()
+    assert points[~absent].any()
+
+
 def test_training_steps_against_finite_differences():
   problem = problem_of(Shape(1, 1, 5, 3, "float32"))
   zeros = np.zeros(5)
