@@ -9,6 +9,7 @@ from flax import nnx
 import asap_jax
 from asap_jax.attention.inputs import Activation
 from asap_jax.c_transform.segments import Segments
+from asap_jax.compiler.clock import attention_call
 from asap_jax.compiler.packed import unpacked
 
 HEADS, WIDTH = 2, 8
@@ -105,3 +106,14 @@ def test_unpacking_takes_tokens_and_bias_along():
   np.testing.assert_array_equal(found.key[2, :, :4], key[0, :, 8:])
   np.testing.assert_array_equal(found.bias[4, :, :4, :4], bias[1, :, 7:11, 7:11])
   assert not found.query[5].any()
+
+
+def test_the_call_that_is_timed_is_packed():
+  tokens = jax.random.normal(jax.random.key(0), (2, HEADS, 12, 4))
+  ids = jnp.asarray(IDS)
+  seen = Activation(tokens, tokens, segments=Segments(ids[:, None], ids[:, None]))
+  found = attention_call(asap_jax.compiler.Sinkhorn(2), seen)()
+  given = jnp.moveaxis(tokens, 1, 2)
+  options = {"iterations": 2, "scale": 1.0, "segment_ids": ids}
+  wanted = asap_jax.sinkhorn_attention(given, given, given, **options)
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
