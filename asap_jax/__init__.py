@@ -30,7 +30,9 @@ from asap_jax.compiler import (
   distil,
   fit,
   load,
+  monitor,
   save,
+  watch,
 )
 from asap_jax.dual_map import DualMap, predict_dual
 from asap_jax.potentials import (
@@ -68,6 +70,7 @@ __all__ = [
   "gaussian_potential",
   "kantorovich_potentials",
   "load",
+  "monitor",
   "plan",
   "predict_dual",
   "save",
@@ -75,6 +78,7 @@ __all__ = [
   "sinkhorn_duals",
   "sliced_potentials",
   "softmax_attention",
+  "watch",
 ]
 
 

@@ -7,6 +7,8 @@ them work under jit, vmap and grad. Padding is zero in a plan (see `c_transform.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from asap_jax.masses import Masses, normalised, valid, zero_invalid
+
 _TINY = 1e-30
 
 
@@ -92,6 +94,57 @@ def column_error(
   target = rows / jnp.maximum(columns, 1)
   error = jnp.abs(plan.sum(-2) / jnp.maximum(target, _TINY) - 1.0)
   return error if key_mask is None else jnp.where(key_mask, error, 0.0)
+
+
+def column_error_of_means(
+  value: Float[Array, "*batch m features"],
+  output: Float[Array, "*batch n features"],
+  query_weights: Masses = None,
+  key_weights: Masses = None,
+) -> Float[Array, "*batch"]:
+  r"""The column error that the means of values and outputs show, without the plan.
+
+  A plan whose columns are exact keeps the mean: with relative errors $\epsilon_j$ of
+  the columns of a plan A with exact rows, n valid queries and keys of masses $b_j$,
+
+  $$\frac{1}{n} \sum_i (A v)_i - \sum_j b_j v_j = \sum_j b_j \epsilon_j v_j.$$
+
+  What is returned is the root mean square of $\epsilon$ that lets expect so much, were
+  the errors dealt to the keys at random. Where they go with the values it is off by a
+  factor, which a layer and its head keep: compare it with what the same head shows on
+  other data. It needs O(n + m) operations a feature, whatever computed the output.
+
+  Args:
+    value: `[..., m, features]`.
+    output: values weighted by the plan, `[..., n, features]`.
+    query_weights: `None`, mask or masses `[..., n]`; outputs of absent queries may hold
+      anything.
+    key_weights: the same of the keys, `[..., m]`.
+
+  Returns:
+    `[...]`; zero where all values are alike, or there are none.
+
+  Example:
+    >>> values = jnp.array([[1.0], [-1.0]])
+    >>> column_error_of_means(values, values).tolist()  # the identity
+    0.0
+    >>> column_error_of_means(values, jnp.ones((2, 1))).tolist()  # all to the first key
+    1.0
+  """
+  n, m = output.shape[-2], value.shape[-2]
+  value, output = value.astype(jnp.float32), output.astype(jnp.float32)
+  value = zero_invalid(value, key_weights, axis=-2)
+  output = zero_invalid(output, query_weights, axis=-2)
+  b = normalised(key_weights, m)
+  present = valid(query_weights)
+  count = n if present is None else jnp.maximum(present.sum(-1), 1)[..., None]
+  mean = (b[..., None] * value).sum(-2)
+  moved = output.sum(-2) / count - mean
+  deviation = (b * ((value - mean[..., None, :]) ** 2).sum(-1)).sum(-1)
+  # Of unequal masses fewer keys count; the errors of one follow from the others'.
+  free = 1.0 / jnp.maximum((b * b).sum(-1), _TINY) - 1.0
+  square = free * (moved * moved).sum(-1) / jnp.where(deviation > 0, deviation, 1.0)
+  return jnp.where(deviation > 0, jnp.sqrt(square), 0.0 * square)
 
 
 def row_entropy(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch n"]:

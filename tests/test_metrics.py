@@ -190,3 +190,37 @@ def test_batches_and_vmap_agree():
   for function in (metrics.total_variation, metrics.kl_divergence):
     mapped = jax.vmap(jax.vmap(function))(plan, reference)
     np.testing.assert_allclose(mapped, function(plan, reference), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "masks", "masses"])
+def test_means_of_many_values_show_the_column_error(kind):
+  rng = np.random.default_rng(0)
+  mask = np.arange(12) < 9
+  if kind == "masses":
+    masses = np.where(mask, rng.uniform(0.9, 1.1, size=12), 0.0)
+  else:
+    masses = mask * 1.0 if kind == "masks" else np.ones(12)
+  b = masses / masses.sum()
+  plan = np.exp(rng.normal(size=(12, 12))) * (masses > 0) * (masses > 0)[:, None]
+  plan /= np.maximum(plan.sum(-1, keepdims=True), 1e-30)
+  valid = b > 0
+  # Relative errors of the columns, independent of so many random values.
+  errors = plan.sum(0)[valid] / (valid.sum() * b[valid]) - 1.0
+  values = rng.normal(size=(12, 20000))
+  values[~valid] = np.nan
+  output = plan @ np.where(valid[:, None], values, 0.0)
+  output[~valid] = np.inf
+  given = None if kind == "full" else jnp.asarray(mask if kind == "masks" else masses)
+  query_mask = None if kind == "full" else jnp.asarray(mask)
+  tokens = on_device(values), on_device(output)
+  found = metrics.column_error_of_means(*tokens, query_mask, given)
+  expected = np.sqrt((errors**2).mean())
+  np.testing.assert_allclose(found, expected, rtol=0.05 if kind == "masses" else 0.02)
+
+
+def test_means_of_an_exact_plan_show_no_error():
+  values = jax.random.normal(jax.random.key(0), (3, 5, 4))
+  found = metrics.column_error_of_means(values, on_device(PERMUTATION) @ values)
+  np.testing.assert_allclose(found, 0.0, atol=1e-5)
+  alike = jnp.ones((5, 4))
+  assert metrics.column_error_of_means(alike, alike) == 0.0

@@ -248,6 +248,15 @@ def attention_fn(
   return function
 
 
+def named_arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
+  """Arguments of a call that all attention functions share, defaults included."""
+  signature = inspect.Signature(_COMMON)
+  shared = {name: kwargs[name] for name in kwargs if name in signature.parameters}
+  given = signature.bind(*args, **shared)
+  given.apply_defaults()
+  return dict(given.arguments)
+
+
 def inputs_of(given: dict[str, Any], any_mask: bool = False, parts: int = 1) -> Inputs:
   """Laid-out inputs of a call whose arguments are all bound by name."""
   scale = given["scale"]

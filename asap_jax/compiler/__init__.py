@@ -11,7 +11,8 @@ there is one way for all. `prepared` keeps some calls of a layer,
 plans with the teacher's, `clock` times, `selection` takes the fastest that is close
 enough, `standing` puts it in its place (`kept`: with the others), and `report` says
 what was gained. `recipes` and `measuring` are the way of one fixed operator.
-`distillation` trains all maps together afterwards; `saving` keeps a compiled model.
+`distillation` trains all maps together afterwards; `saving` keeps a compiled model,
+`watching` looks after it at work.
 """
 
 from asap_jax.compiler.api import Compiled, choose, compile
@@ -24,6 +25,7 @@ from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.report import Alternative, LayerReport, Report
 from asap_jax.compiler.saving import load, save
 from asap_jax.compiler.slots import CompiledModule
+from asap_jax.compiler.watching import Reading, monitor, watch
 
 __all__ = [
   "Alternative",
@@ -36,6 +38,7 @@ __all__ = [
   "Fitted",
   "FittedAttention",
   "LayerReport",
+  "Reading",
   "Recipe",
   "Report",
   "Sinkhorn",
@@ -45,5 +48,7 @@ __all__ = [
   "distil",
   "fit",
   "load",
+  "monitor",
   "save",
+  "watch",
 ]

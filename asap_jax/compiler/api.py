@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from asap_jax.compiler import standing
+from asap_jax.compiler import standing, watching
 from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.models import model_milliseconds
 from asap_jax.compiler.operators import Sinkhorn
@@ -39,6 +39,7 @@ def compile(
   keep_candidates: bool = False,
   call: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
   leave: Collection[str] = (),
+  monitor: bool = False,
   seed: int = 0,
   progress: bool = True,
 ) -> Compiled:
@@ -84,6 +85,8 @@ def compile(
     call: how a batch is given to the model, such as `lambda model, batch:
       model(batch["tokens"])`; batches hold arrays alone.
     leave: names of layers, as in the report, that stay as they are.
+    monitor: whether the compiled model is watched from here on: see `asap_jax.monitor`,
+      which is given the batches that were held out.
     seed: of random directions, of networks and of the order of refinement.
     progress: whether to show progress bars.
 
@@ -116,7 +119,11 @@ def compile(
     _check_keepable(teacher.sites)
   made = standing.wanted(teacher, operator, target_tv, seed, every=keep_candidates)
   target = target_tv if operator is None else None
-  return _compiled(model, teacher, made, call, target, start, keep_candidates)
+  found = _compiled(model, teacher, made, call, target, start, keep_candidates)
+  if not monitor:
+    return found
+  watched = watching.monitor(found.model, teacher.held_out_batches, call=call)
+  return found._replace(model=watched)
 
 
 def choose(

@@ -13,16 +13,17 @@ class Stored:
   """Batches of an iterator that is read once, and only as far as anybody reads."""
 
   def __init__(self, batches: Iterator[Any]):
-    self._rest, self._read = batches, []  # type: ignore[var-annotated]
+    self._rest = batches
+    self.read: list[Any] = []
 
   def __iter__(self) -> Iterator[Any]:
     for index in itertools.count():
-      if index == len(self._read):
+      if index == len(self.read):
         try:
-          self._read.append(next(self._rest))
+          self.read.append(next(self._rest))
         except StopIteration:
           return
-      yield self._read[index]
+      yield self.read[index]
 
 
 def check_same(batch: Any, first: Any) -> None:

@@ -1,7 +1,7 @@
 """What the Sinkhorn layers of a teacher see on batches, however it was recorded."""
 
 import operator
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -123,6 +123,13 @@ class Recorded:
         yield calls
     if held_out and of_stream and not any(of_stream):
       raise ValueError(_NOTHING_HELD_OUT)
+
+  @property
+  def held_out_batches(self) -> Iterator[Any]:
+    """Batches held out: those of a sample if there was one, else of all batches."""
+    sampled = [each for i, each in enumerate(self._stored.read) if is_held_out(i)]
+    every = (each for i, each in enumerate(self._batches) if is_held_out(i))
+    return iter(sampled or every)
 
   def _calls(self, index: int, batch: Any) -> Calls:
     """What every layer sees on a batch, packed sequences one by one."""

@@ -54,8 +54,14 @@ class Site(NamedTuple):
   @property
   def name(self) -> str:
     """Path, and attribute unless it is Flax's `attention_fn`, in one word."""
-    attribute = () if self.attribute == "attention_fn" else (self.attribute,)
-    return ".".join(map(str, (*self.path, *attribute))) or str(self.attribute)
+    return name_of((self.path, self.attribute))
+
+
+def name_of(place: Place) -> str:
+  """Name of the layer at a place, as in reports."""
+  path, attribute = place
+  own = () if attribute == "attention_fn" else (attribute,)
+  return ".".join(map(str, (*path, *own))) or str(attribute)
 
 
 def find_sinkhorn(model: nnx.Module) -> list[Site]:
