@@ -25,7 +25,7 @@ from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.report import Alternative, LayerReport, Report
 from asap_jax.compiler.saving import load, save
 from asap_jax.compiler.slots import CompiledModule
-from asap_jax.compiler.watching import Reading, monitor, watch
+from asap_jax.compiler.watching import Reading, monitor, unwatched, watch
 
 __all__ = [
   "Alternative",
@@ -50,5 +50,6 @@ __all__ = [
   "load",
   "monitor",
   "save",
+  "unwatched",
   "watch",
 ]

@@ -123,7 +123,13 @@ def watch(
     ValueError: if the model is not watched.
 
   Example:
-    See `asap_jax.monitor`.
+    >>> import asap_jax
+    >>> layer = asap_jax.SinkhornMultiHeadAttention(2, 8, iterations=1,
+    ...   rngs=nnx.Rngs(0))
+    >>> batches = jax.random.normal(jax.random.key(0), (1, 16, 6, 8))
+    >>> _, readings = watch(monitor(layer, batches), batches[0])
+    >>> list(readings)
+    ['attention_fn']
   """
   if not find_held(model, WatchedAttention):
     raise ValueError("model is not watched: expected asap_jax.monitor's")
@@ -160,7 +166,25 @@ def watched_as(
 def unwatched(
   model: nnx.Module,
 ) -> tuple[nnx.Module, dict[Place, tuple[tuple[Array, Array], float]]]:
-  """A copy of a model without its watches, and what they know; see `watched_as`."""
+  """A copy of a model without its watches, and what they know.
+
+  Args:
+    model: watched or not; left untouched.
+
+  Returns:
+    The bare model; and of each place where there was a watch, the path and the
+    attribute that held it, the mean and the deviation of the squares that calibration
+    saw, and the margin.
+
+  Example:
+    >>> import asap_jax
+    >>> layer = asap_jax.SinkhornMultiHeadAttention(2, 8, iterations=1,
+    ...   rngs=nnx.Rngs(0))
+    >>> batches = jax.random.normal(jax.random.key(0), (1, 16, 6, 8))
+    >>> bare, known = unwatched(monitor(layer, batches))
+    >>> [place for place in known]
+    [((), 'attention_fn')]
+  """
   watches = find_held(model, WatchedAttention)
   bare = replace_held(
     model, {place: watch.attention_fn for place, watch in watches.items()}

@@ -223,7 +223,7 @@ def test_layers_of_a_scan_are_watched_each():
 
 def test_what_cannot_be_watched_is_refused():
   x = models.batches()[0]
-  with pytest.raises(ValueError, match="margin=0.5"):
+  with pytest.raises(ValueError, match=r"margin=0\.5"):
     asap_jax.monitor(compiled(), [x], margin=0.5)
   with pytest.raises(ValueError, match="watched already"):
     asap_jax.monitor(watched(), [x])

@@ -1,0 +1,1 @@
+"""Watched models on usual and on shifted inputs."""
