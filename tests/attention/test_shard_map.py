@@ -41,7 +41,7 @@ SCRIPT = """
 
     learned = (sliced,) if name == "sliced" else ()
     rows = (P("batch"),) * 3
-    for given in (mask, None):
+    for given in (mask, None) if name in ("zero", "sliced") else (mask,):
       specs = *rows, P("batch") if given is not None else None, *(P() for _ in learned)
       spread = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=P("batch"))
 
