@@ -11,7 +11,8 @@ there is one way for all. `prepared` keeps some calls of a layer,
 plans with the teacher's, `clock` times, `selection` takes the fastest that is close
 enough, `standing` puts it in its place (`kept`: with the others), and `report` says
 what was gained. `recipes` and `measuring` are the way of one fixed operator.
-`distillation` trains all maps together afterwards; `saving` keeps a compiled model.
+`distillation` trains all maps together afterwards; `saving` keeps a compiled model,
+with the `records` of what compiling knew.
 """
 
 from asap_jax.compiler.api import Compiled, choose, compile
@@ -21,6 +22,7 @@ from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.linen import CompiledLinen, compile_linen
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
+from asap_jax.compiler.records import keep_record, record_of, records_of
 from asap_jax.compiler.report import Alternative, LayerReport, Report
 from asap_jax.compiler.saving import load, save
 from asap_jax.compiler.slots import CompiledModule
@@ -44,6 +46,9 @@ __all__ = [
   "compile_linen",
   "distil",
   "fit",
+  "keep_record",
   "load",
+  "record_of",
+  "records_of",
   "save",
 ]
