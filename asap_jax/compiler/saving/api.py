@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from asap_jax.compiler.records import compiled_places
@@ -59,8 +60,10 @@ def save(
   """
   target = folders.local(path)
   _check_module(model)
-  sites = described_sites(model)
+  if not compiled_places(model):
+    raise ValueError("model holds no compiled attention: expected asap_jax.compile's")
   split = arrays.Split(arrays.leaves_of(nnx.state(model, arrays.KEPT)))
+  sites = described_sites(model)
   folders.check_free(target, overwrite)
   folders.clear_litter(target)
   with folders.new_version(target) as version:
@@ -162,8 +165,10 @@ def _restored(
   changed: Mapping[str, str] | None,
 ) -> nnx.Module:
   manifest.check_files(source, saved)
+  _check_width(source, saved)
   names, written = Names(changed), saved["format"]
   compiled = _with_blanks(model, saved, names, source)
+  _fill_raw(compiled)
   # Sown values are no part of a saved model.
   nnx.pop(compiled, nnx.Not(arrays.KEPT))
   graph, state = nnx.split(compiled)
@@ -183,6 +188,33 @@ def _restored(
   loaded = nnx.merge(graph, arrays.with_leaves(state, by_name, written))
   _set_modes(loaded, saved, names)
   return loaded
+
+
+def _check_width(source: pathlib.Path, saved: dict[str, Any]) -> None:
+  """Raises ValueError where arrays have 64 bits and JAX is to have none."""
+  wide = [
+    name
+    for name, described in saved["arrays"].items()
+    if name not in saved.get("host", {})
+    and jax.dtypes.canonicalize_dtype(described[1]) != described[1]
+  ]
+  if wide:
+    more = f" and {len(wide) - 3} more" if len(wide) > 3 else ""
+    raise ValueError(
+      f"path={source} has arrays of 64 bits ({', '.join(wide[:3])}{more}): expected "
+      "jax_enable_x64, as where it was compiled; or compile again without"
+    )
+
+
+def _fill_raw(model: nnx.Module) -> None:
+  """Gives values to arrays that are no variables, which an abstract model lacks.
+
+  There Flax leaves what `nnx.eval_shape` traced them by.
+  """
+  for _, module in nnx.iter_modules(model):
+    for name, value in list(vars(module).items()):
+      if isinstance(value, jax.ShapeDtypeStruct | jax.core.Tracer):
+        setattr(module, name, nnx.data(jnp.zeros(value.shape, value.dtype)))
 
 
 def _with_blanks(
@@ -277,11 +309,9 @@ def _matched(
       lines.append(f"{name}: saved {_shown(kept)}, model {_shown(own)}")
   if lines:
     more = f", and {len(lines) - 5} more" if len(lines) > 5 else ""
-    wide = any("saved float64" in line or "saved int64" in line for line in lines)
-    advice = "; 64 bits need jax_enable_x64, as they were saved" if wide else ""
     raise ValueError(
       f"model has another structure than the saved one, in {len(lines)} variables: "
-      f"{'; '.join(lines[:5])}{more}{advice}"
+      f"{'; '.join(lines[:5])}{more}"
     )
   return {old: blanks[new] for old, new in now.items()}
 

@@ -134,7 +134,8 @@ class Split:
       )
     if is_plain(leaf):
       self.values[name] = leaf
-    elif is_key(leaf):
+      return
+    if is_key(leaf):
       self.keys[name] = str(jax.random.key_impl(leaf))
       leaf = jax.random.key_data(leaf)
     elif isinstance(leaf, np.ndarray | np.generic):
@@ -146,7 +147,7 @@ class Split:
       raise ValueError(f"model holds a {type(leaf).__name__} at {name}: {_EXPECTED}")
     self.described[name] = describe(leaf)
     # Orbax refuses arrays without elements.
-    if not is_plain(leaf) and leaf.size > 0:
+    if leaf.size > 0:
       self.arrays[name] = leaf
 
 

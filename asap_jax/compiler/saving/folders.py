@@ -95,11 +95,13 @@ def new_version(path: pathlib.Path) -> Iterator[pathlib.Path]:
   try:
     yield version
   finally:
-    if not _is_named(version):
-      shutil.rmtree(version, ignore_errors=True)
-    if aside is not None:
-      shutil.rmtree(aside, ignore_errors=True)
-    _let_go(held)
+    try:
+      if not _is_named(version):
+        shutil.rmtree(version, ignore_errors=True)
+      if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+      _let_go(held)
 
 
 def publish(
@@ -174,10 +176,12 @@ def _clear(version: pathlib.Path, *, whatever: bool = False) -> None:
   held = _hold(version, alone=True, wait=False)
   if held is None:
     return
-  # Looked at only now: whoever published it has let go since.
-  if whatever or not _is_named(version):
-    shutil.rmtree(version, ignore_errors=True)
-  _let_go(held)
+  try:
+    # Looked at only now: whoever published it has let go since.
+    if whatever or not _is_named(version):
+      shutil.rmtree(version, ignore_errors=True)
+  finally:
+    _let_go(held)
 
 
 def _versions(home: pathlib.Path) -> list[pathlib.Path]:

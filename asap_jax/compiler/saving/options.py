@@ -41,7 +41,7 @@ def _plain(name: str, value: Any) -> Any:
   if name == "precision" and isinstance(value, str):
     value = jax.lax.Precision(value)
   if isinstance(value, enum.Enum):
-    return {"enum": str(value)}
+    return {"enum": f"{type(value).__name__}.{value.name}"}
   if value is None or isinstance(value, bool | int | float):
     return value
   if isinstance(value, list | tuple):
