@@ -12,7 +12,7 @@ plans with the teacher's, `clock` times, `selection` takes the fastest that is c
 enough, `standing` puts it in its place (`kept`: with the others), and `report` says
 what was gained. `recipes` and `measuring` are the way of one fixed operator.
 `distillation` trains all maps together afterwards; `saving` keeps a compiled model,
-`watching` looks after it at work.
+with the `records` of what compiling knew; `watching` looks after it at work.
 """
 
 from asap_jax.compiler.api import Compiled, choose, compile
@@ -22,6 +22,7 @@ from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.linen import CompiledLinen, compile_linen
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
+from asap_jax.compiler.records import keep_record, record_of, records_of
 from asap_jax.compiler.report import Alternative, LayerReport, Report
 from asap_jax.compiler.saving import load, save
 from asap_jax.compiler.slots import CompiledModule
@@ -47,8 +48,11 @@ __all__ = [
   "compile_linen",
   "distil",
   "fit",
+  "keep_record",
   "load",
   "monitor",
+  "record_of",
+  "records_of",
   "save",
   "unwatched",
   "watch",

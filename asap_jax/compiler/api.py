@@ -14,7 +14,8 @@ from asap_jax.compiler.models import model_milliseconds
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.recording import Observer
-from asap_jax.compiler.report import Report
+from asap_jax.compiler.records import keep_record, record_for
+from asap_jax.compiler.report import Report, device_kind
 from asap_jax.compiler.sites import Site, find_held, replace_held, replace_sites
 
 
@@ -214,9 +215,18 @@ def _compiled(
     standing.attention_at(site, teacher.layers, made, keep_candidates=keep_candidates)
     for site in teacher.sites
   ]
+  reports = tuple(map(standing.report_of, teacher.layers, made))
+  for site, function in zip(teacher.sites, functions, strict=True):
+    own = [
+      report
+      for layer, report in zip(teacher.layers, reports, strict=True)
+      if layer.site is site
+    ]
+    record = record_for(site.teacher, own, device_kind(), target_tv, teacher.sequences)
+    keep_record(function, record)
   compiled = replace_sites(model, teacher.sites, functions)
   report = Report(
-    layers=tuple(map(standing.report_of, teacher.layers, made)),
+    layers=reports,
     model_milliseconds=model_milliseconds(
       model, teacher.sites, compiled, teacher.first, call
     ),

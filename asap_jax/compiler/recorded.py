@@ -79,6 +79,7 @@ class Recorded:
     sites: as given.
     layers: likewise.
     progress: likewise.
+    sequences: how many were read, `"fitted"` and `"held_out"`.
     timed: once a batch was held out, the call of every layer that operators are timed
       on: the first there, as the model makes it.
 
@@ -97,6 +98,7 @@ class Recorded:
     self.sites, self.layers, self.progress = sites, layers, progress
     self._record = record
     self.timed: Sequence[Activation] = ()
+    self.sequences = {"fitted": 0, "held_out": 0}
     once = iter(batches)
     self._stored = Stored(once)
     self._batches = self._stored if once is batches else batches
@@ -114,12 +116,16 @@ class Recorded:
     """
     batches = track(self._batches, description, disable=not self.progress)
     of_stream: list[bool] = []
+    read = 0
     for index, batch in enumerate(batches):
       if index == 0:
         check_same(batch, self.first)
       if is_held_out(index) == held_out:
         calls = self._calls(index, batch)
         of_stream.append(_has_valid(calls))
+        # All streams read the same.
+        read += calls[0][0].query.shape[0]
+        self._count(held_out, read)
         yield calls
     if held_out and of_stream and not any(of_stream):
       raise ValueError(_NOTHING_HELD_OUT)
@@ -130,6 +136,10 @@ class Recorded:
     sampled = [each for i, each in enumerate(self._stored.read) if is_held_out(i)]
     every = (each for i, each in enumerate(self._batches) if is_held_out(i))
     return iter(sampled or every)
+
+  def _count(self, held_out: bool, read: int) -> None:
+    kind = "held_out" if held_out else "fitted"
+    self.sequences[kind] = max(self.sequences[kind], read)
 
   def _calls(self, index: int, batch: Any) -> Calls:
     """What every layer sees on a batch, packed sequences one by one."""
@@ -149,6 +159,7 @@ class Recorded:
       ValueError: as `activations`, and if no batch is held out.
     """
     wanted = {False: sequences, True: sequences // 2}
+    before = wanted.copy()
     kept: dict[bool, list[Calls]] = {False: [], True: []}
     # Stored, so that a loader that reshuffles is not asked for another pass.
     for index, batch in enumerate(self._stored):
@@ -160,6 +171,8 @@ class Recorded:
       # A stream is asked for no batch beyond.
       if max(wanted.values()) <= 0:
         break
+    for held_out, left in wanted.items():
+      self._count(held_out, before[held_out] - left)
     if not kept[True]:
       raise ValueError(
         "batches holds a single batch: expected at least two, one of them to measure on"

@@ -14,7 +14,11 @@ from asap_jax.attention.layers import AsapAttention
 from asap_jax.attention.watched import Moments, WatchedAttention
 from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.operators import bound_arguments
+from asap_jax.compiler.records import compiled_places
 from asap_jax.compiler.sites import Place, find_held, name_of, replace_held
+
+# What the watches at some places know: mean and deviation of the squares, and a margin.
+Watches = dict[Place, tuple[tuple[Array, Array], float]]
 
 
 class Reading(NamedTuple):
@@ -81,7 +85,7 @@ def monitor(
     raise ValueError(f"margin={margin}: expected a number of at least one")
   if find_held(model, WatchedAttention):
     raise ValueError("model is watched already: expected one that is not")
-  held = _doubly_stochastic(model)
+  held = doubly_stochastic(model)
   if not held:
     raise ValueError(
       "model holds no doubly stochastic attention: expected a compiled model, or one "
@@ -149,11 +153,9 @@ def _worse(one: Reading, other: Reading) -> Reading:
   return jax.tree.map(functools.partial(jnp.where, is_one), one, other)
 
 
-def watched_as(
-  model: nnx.Module, usual: dict[Place, tuple[tuple[Array, Array], float]]
-) -> nnx.Module:
+def watched_as(model: nnx.Module, usual: Watches) -> nnx.Module:
   """A copy of `model` with watches of known thresholds at some places."""
-  held = _doubly_stochastic(model)
+  held = doubly_stochastic(model)
   return replace_held(
     model,
     {
@@ -165,7 +167,7 @@ def watched_as(
 
 def unwatched(
   model: nnx.Module,
-) -> tuple[nnx.Module, dict[Place, tuple[tuple[Array, Array], float]]]:
+) -> tuple[nnx.Module, Watches]:
   """A copy of a model without its watches, and what they know.
 
   Args:
@@ -195,17 +197,13 @@ def unwatched(
   }
 
 
-def _doubly_stochastic(model: nnx.Module) -> dict[Place, Callable[..., jax.Array]]:
+def doubly_stochastic(model: nnx.Module) -> dict[Place, Callable[..., jax.Array]]:
   """Attention functions whose columns are to be exact, by their places."""
-  found: dict[Place, Any] = dict(find_held(model, CandidateAttention))
+  found: dict[Place, Any] = compiled_places(model)
   inside = [(*path, attribute) for path, attribute in found]
   for (path, attribute), held in find_held(model, object).items():
-    if any(path[: len(above)] == above for above in inside):
-      continue
-    if (
-      isinstance(held, AsapAttention)
-      or bound_arguments(held, sinkhorn_attention) is not None
-    ):
+    is_inside = any(path[: len(above)] == above for above in inside)
+    if not is_inside and bound_arguments(held, sinkhorn_attention) is not None:
       found[path, attribute] = held
   return found
 

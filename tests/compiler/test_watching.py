@@ -179,6 +179,18 @@ def test_candidates_and_functions_in_containers_are_watched():
   assert (readings["kept"].column_error > 1e-2).all()
 
 
+def test_thresholds_are_saved_with_the_model(tmp_path):
+  asap_jax.save(tmp_path / "model", watched())
+  loaded = asap_jax.load(tmp_path / "model", nnx.eval_shape(models.toy))
+  x = models.batches()[4]
+  out, readings = asap_jax.watch(loaded, x)
+  expected, wanted = asap_jax.watch(watched(), x)
+  np.testing.assert_array_equal(out, expected)
+  assert list(readings) == list(wanted)
+  for one, other in zip(*map(jax.tree.leaves, (readings, wanted)), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.slow
 def test_compile_watches_with_what_it_held_out():
   recipe = asap_jax.Recipe(slices=2, refine_steps=0)
