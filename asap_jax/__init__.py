@@ -34,6 +34,7 @@ from asap_jax.compiler import (
   save,
   watch,
 )
+from asap_jax.diagnosis import Diagnosis, diagnose
 from asap_jax.dual_map import DualMap, predict_dual
 from asap_jax.potentials import (
   Potentials,
@@ -50,6 +51,7 @@ __all__ = [
   "AmortizedMultiHeadAttention",
   "AsapAttention",
   "AttentionCall",
+  "Diagnosis",
   "DualMap",
   "DualParam",
   "Duals",
@@ -64,6 +66,7 @@ __all__ = [
   "closures",
   "compile",
   "compile_linen",
+  "diagnose",
   "distil",
   "dual_loss",
   "fit",

@@ -4,6 +4,8 @@ Functions return one value per row, column or sequence; `masked_mean` pools them
 them work under jit, vmap and grad. Padding is zero in a plan (see `c_transform.plan`).
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -177,33 +179,50 @@ def attention_sink_share(plan: Float[Array, "*batch n m"]) -> Float[Array, "*bat
 
 
 def rank_residual(
-  tokens: Float[Array, "*batch n dim"], mask: Bool[Array, "..."] | None = None
+  tokens: Float[Array, "*batch n dim"],
+  mask: Bool[Array, "..."] | None = None,
+  *,
+  norm: Literal["composite", "frobenius"] = "composite",
 ) -> Float[Array, "*batch"]:
   r"""Distance of tokens from being all alike: $|X - 1 \bar x^T| / |X|$.
 
   The norm is $\sqrt{|.|_1 |.|_\infty}$ (Dong et al., 2021, "Attention is not all you
-  need: pure attention loses rank doubly exponentially with depth", section 2.1), and
-  $\bar x$ the mean of the valid tokens. Each layer's output in turn shows rank through
-  depth.
+  need: pure attention loses rank doubly exponentially with depth", section 2.1), or
+  Frobenius', and $\bar x$ the mean of the valid tokens. Each layer's output in turn
+  shows rank through depth.
 
   Args:
     tokens: hidden states `[..., n, dim]`.
     mask: valid tokens `[..., n]`, all by default.
+    norm: `"composite"` or `"frobenius"`.
 
   Returns:
-    `[...]`, 0 to about 1.
+    `[...]`, 0 to about 1 (to 1 for Frobenius' norm).
+
+  Raises:
+    ValueError: if the norm is unknown.
   """
+  norms = {"composite": _composite_norm, "frobenius": _frobenius_norm}
+  if norm not in norms:
+    raise ValueError(f"norm={norm!r}: expected one of {', '.join(norms)}")
   if mask is None:
     mask = jnp.ones(tokens.shape[:-1], bool)
   keep = mask[..., None]
   tokens = jnp.where(keep, tokens.astype(jnp.float32), 0.0)
   count = jnp.maximum(keep.sum(-2, keepdims=True), 1)
   residual = jnp.where(keep, tokens - tokens.sum(-2, keepdims=True) / count, 0.0)
-  return _composite_norm(residual) / jnp.maximum(_composite_norm(tokens), _TINY)
+  return norms[norm](residual) / jnp.maximum(norms[norm](tokens), _TINY)
 
 
 def _composite_norm(matrix: Array) -> Array:
   magnitude = jnp.abs(matrix)
-  product = magnitude.sum(-2).max(-1) * magnitude.sum(-1).max(-1)
+  return _root(magnitude.sum(-2).max(-1) * magnitude.sum(-1).max(-1))
+
+
+def _frobenius_norm(matrix: Array) -> Array:
+  return _root((matrix * matrix).sum((-2, -1)))
+
+
+def _root(square: Array) -> Array:
   # The square root has no gradient at zero.
-  return jnp.where(product > 0, jnp.sqrt(jnp.where(product > 0, product, 1.0)), 0.0)
+  return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)

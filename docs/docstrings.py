@@ -27,6 +27,8 @@ NAMES = (
   "attention.implementations.chunked.chunked_attention",
   "attention.implementations.cudnn.cudnn_attention",
   "compiler.fitting.objective.dual_objective",
+  "diagnosis.LayerDiagnosis",
+  "diagnosis.PathDiagnosis",
 )
 _LOG = logging.getLogger("mkdocs.docstrings")
 

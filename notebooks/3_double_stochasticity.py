@@ -231,3 +231,24 @@ for name, (_, states, of_model) in seen.items():
 plotting.plot_rank(in_model, left, "the whole model")
 plotting.plot_rank(alone, right, "plans alone")
 left.figure
+
+# %% [markdown]
+# ## All of it at once
+#
+# `asap_jax.diagnose` reports this of any model, softmax or not, and what products of
+# plans along paths do: a doubly stochastic product keeps all gains at one. Its smallest
+# singular value says what is left of the direction that is lost first.
+
+# %%
+diagnoses = {
+  name: asap_jax.diagnose(model, [tokens[test]]) for name, model in models.items()
+}
+for name, diagnosis in diagnoses.items():
+  print(name)
+  print(diagnosis)
+
+# %%
+(axes,) = plotting.subplots(1, 2, width=4.5)
+for each, name in zip(axes, ("softmax", "Sinkhorn"), strict=True):
+  diagnoses[name].plot(each).set_title(name)
+axes[0].figure

@@ -6,7 +6,7 @@ or line as well as in colour. Needs Matplotlib, which comes with the extra
 `experiments`.
 """
 
-from asap_jax.plotting.depth import plot_curves, plot_rank
+from asap_jax.plotting.depth import plot_curves, plot_paths, plot_rank
 from asap_jax.plotting.frontier import CUTS_FAMILY, plot_frontier, plot_report
 from asap_jax.plotting.length import plot_scaling
 from asap_jax.plotting.plans import (
@@ -31,6 +31,7 @@ __all__ = [
   "plot_curves",
   "plot_dual",
   "plot_frontier",
+  "plot_paths",
   "plot_plan",
   "plot_plans",
   "plot_potentials",

@@ -91,3 +91,45 @@ def plot_rank(
   axes = plot_curves(curves, axes, title, **labels)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   return axes
+
+
+def plot_paths(
+  residual: ArrayLike,
+  column_gain: ArrayLike,
+  least_singular: ArrayLike,
+  axes: Axes | None = None,
+  title: str | None = None,
+) -> Axes:
+  """Draws what products of plans keep through depth, on a logarithmic axis.
+
+  Args:
+    residual: rank residual of the products, `[layers, heads]`, as
+      `asap_jax.diagnose` finds it; means over heads are drawn.
+    column_gain: largest sum of a column, likewise.
+    least_singular: smallest singular value, likewise.
+    axes: where to draw; a new figure by default.
+    title: above the axes.
+
+  Returns:
+    The axes. What is zero is not drawn.
+
+  Raises:
+    ValueError: if the three have not the same shape.
+  """
+  first = array_of("residual", residual, "[layers, heads]", (2,))
+  arrays = {
+    "rank residual": first,
+    "column gain": array_like("column_gain", column_gain, "residual", first),
+    "least singular value": array_like(
+      "least_singular", least_singular, "residual", first
+    ),
+  }
+  curves = {}
+  for name, array in arrays.items():
+    means = array.mean(-1)
+    curves[name] = (np.arange(1, len(means) + 1), np.where(means > 0, means, np.nan))
+  labels = {"xlabel": "layers in the product", "ylabel": "mean over heads"}
+  axes = plot_curves(curves, axes, title, **labels)
+  axes.set_yscale("log")
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  return axes
