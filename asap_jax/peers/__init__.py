@@ -13,6 +13,7 @@ held by the module of that name in `asap_jax.peers.layers`.
 | `esp` | ESPFormer | approximate, hard: exact | as rows |
 | `lot` | LOTFormer | exact | approximate |
 | `swgg`, `est` | sliced plans | exact | exact |
+| `qr`, `cayley` | squares of an orthogonal matrix | exact | exact |
 | `differential` | difference of two softmax maps | 1 - lambda | any |
 """
 
@@ -34,6 +35,7 @@ from asap_jax.peers.kernel_sinkhorn import (
   sinkformer_attention,
 )
 from asap_jax.peers.lot import Pivot, lot_attention
+from asap_jax.peers.orthostochastic import cayley_attention, qr_attention
 from asap_jax.peers.sliced import est_attention, swgg_attention
 
 ATTENTIONS: dict[str, Callable[..., Any]] = {
@@ -45,6 +47,8 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
   "lot": lot_attention,
   "swgg": swgg_attention,
   "est": est_attention,
+  "qr": qr_attention,
+  "cayley": cayley_attention,
   "differential": differential_attention,
 }
 _STARTS: dict[str, Any] = {"sinkhorn": "zero", "gaussian": "gaussian"}
@@ -98,12 +102,14 @@ __all__ = [
   "DifferentialParameters",
   "Pivot",
   "attention_named",
+  "cayley_attention",
   "differential_attention",
   "esp_attention",
   "est_attention",
   "kernel_sinkhorn_attention",
   "lambda_init",
   "lot_attention",
+  "qr_attention",
   "sinkformer_attention",
   "sinkhorn_attention",
   "softmax_attention",

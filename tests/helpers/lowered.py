@@ -83,7 +83,7 @@ def run_on_host_devices(count, script):
     env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
     capture_output=True,
     text=True,
-    timeout=240,
+    timeout=600,
   )
   assert run.returncode == 0, run.stderr
   return run.stdout.split()

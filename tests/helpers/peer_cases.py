@@ -42,6 +42,7 @@ class Case:
     learned: arrays, passed by keyword.
     square: whether n = m is needed.
     bias: whether a bias is taken.
+    ordered: whether queries and keys belong together, so that both keep their order.
     finish: what follows the product with the values, `finish(out, **learned)`.
   """
 
@@ -51,6 +52,7 @@ class Case:
   learned: dict[str, Any] = dataclasses.field(default_factory=dict)
   square: bool = False
   bias: bool = True
+  ordered: bool = False
   finish: Callable[..., np.ndarray] = lambda out, **_: out
 
   def function(self, *inputs, **given):
@@ -198,6 +200,21 @@ CASES = {
     lambda q, k, h, s: papers.sliced(q, k, s, np.eye(DIM), 1.5),
     {"inverse_temperature": 1.5},
     square=True,
+  ),
+  "qr": Case(
+    "qr",
+    lambda q, k, h, s: papers.squares(np.linalg.qr(s + np.eye(len(s)))[0]),
+    square=True,
+    bias=False,
+    ordered=True,
+  ),
+  "cayley": Case(
+    "cayley",
+    lambda q, k, h, s, alpha: papers.cayley(alpha * s),
+    learned={"alpha": jnp.float32(0.7)},
+    square=True,
+    bias=False,
+    ordered=True,
   ),
   "differential": Case(
     "differential",

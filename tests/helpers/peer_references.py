@@ -42,6 +42,16 @@ def low_rank(q, k, pivot, scale, iterations):
   return len(q) * first @ np.diag(1 / p) @ second
 
 
+def squares(q):
+  return q * q
+
+
+def cayley(logits):
+  """Squares of (I - A)(I + A)^-1 for the skew part A = S - S^T."""
+  skew, one = logits - logits.T, np.eye(len(logits))
+  return squares((one - skew) @ np.linalg.inv(one + skew))
+
+
 def soft_sort(x, t):
   places = np.sort(x)[::-1]  # descending, as in the paper
   return np.array([softmax(-((place - x) ** 2) / t) for place in places])
