@@ -29,7 +29,7 @@ from asap_jax.teacher.sinkhorn import sinkhorn_duals
 from asap_jax.teacher.starts import Start, check_start
 
 # Implementations of the exact iterations.
-Teacher = Literal["ott", "xla", "chunked", "cudnn"]
+Teacher = Literal["ott", "xla", "chunked", "cudnn", "pallas"]
 
 
 @attention_fn(any_mask=True)
@@ -125,7 +125,7 @@ def sinkhorn_attention(
       f"implementation={implementation!r}: expected None or one of {names}"
     )
   check_iterations(iterations, start, relaxation, tolerance)
-  if tolerance is not None and implementation in ("ott", "cudnn"):
+  if tolerance is not None and implementation in ("ott", "cudnn", "pallas"):
     raise ValueError(
       f"implementation={implementation!r} with tolerance={tolerance}: expected None, "
       "'xla' or 'chunked', which can stop early"

@@ -106,6 +106,11 @@ def in_kernel(precision: jax.lax.PrecisionLike) -> jax.lax.Precision:
   return jax.lax.Precision.DEFAULT if lowest else jax.lax.Precision.HIGHEST
 
 
+def of_values(precision: jax.lax.PrecisionLike) -> jax.lax.Precision | None:
+  """The precision of products with values: the device's own, unless one is named."""
+  return None if precision is None else in_kernel(precision)
+
+
 def as_row(column: Array) -> Array:
   """`[n, 1]` as `[1, n]`, in a kernel."""
   return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
@@ -151,7 +156,7 @@ def _folded(target, source, dual, value, own, others, precision):
     out_specs.append(pl.BlockSpec((None, own, features), lambda b, i, j: (b, i, 0)))
   call = functools.partial(
     pl.pallas_call,
-    functools.partial(_fold if value is None else _fold_values, in_kernel(precision)),
+    functools.partial(_fold if value is None else _fold_values, precision),
     grid=(batch, n // own, m // others),
     in_specs=in_specs,
     out_specs=out_specs,
@@ -173,13 +178,14 @@ def _fold(precision, target, source, dual, logs, largest, total):
 def _fold_values(precision, target, source, dual, value, logs, out, largest, total):
   _begin(largest, total, out)
   weights, kept = _add(_scores(precision, target, source, dual), largest, total)
-  own = products(weights.astype(value.dtype), value[...], None, (1, 0))
+  values = weights.astype(value.dtype), value[...]
+  own = products(*values, of_values(precision), (1, 0))
   out[...] = kept * out[...] + own
   _end(logs, largest, total, out)
 
 
 def _scores(precision, target, source, dual):
-  return products(target[...], source[...], precision) + dual[...]
+  return products(target[...], source[...], in_kernel(precision)) + dual[...]
 
 
 def _begin(largest, total, *sums):

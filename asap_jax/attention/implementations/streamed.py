@@ -148,7 +148,9 @@ def _attend_and_keep(options, *arguments):
 
 
 @with_usual_promotion
-def _attend_backward(options, residuals, out_bar):
+def backward(options, residuals, out_bar):
+  """Cotangents of `_attend`'s arguments from the values' and what it kept."""
+
   def block(chunk, query, key, value, *rest):
     *sides, out, f, g, fs, gs, active, out_bar = rest
     n, dtype = query.shape[-2], f.dtype
@@ -183,7 +185,7 @@ def _attend_backward(options, residuals, out_bar):
   return None, *bars, None, None  # segments are none that moves
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, backward)
 
 
 def _problem(chunk, query, key, a, b, query_segments, key_segments):
