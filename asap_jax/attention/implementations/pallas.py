@@ -107,7 +107,7 @@ def pallas_attention(
   dual = flat(zero_invalid(dual.astype(jnp.float32), own_weights), size)
   static = _Static(count, side, precision)
   if side == "query" and relaxation is None and momentum is None:
-    sums = marginals(query_weights, key_weights, (*batch, n, m), jnp.float32)
+    sums = marginals(query_weights, key_weights, (*batch, n, m), dual.dtype)
     out = _iterate(static, *tokens, dual, *(flat(x, x.shape[-1]) for x in sums))
   else:
     weights = flat_or_none(query_weights, n), flat_or_none(key_weights, m)
@@ -180,7 +180,7 @@ def _attend(static: _Static, *arrays: Array | None) -> Array:
   """Any closures; of tokens, the dual, weights of both sides and factors."""
   query, key, value, dual, *weights, relaxation, momentum = arrays
   shape = *query.shape[:2], key.shape[1]
-  a, b = marginals(*weights, shape, jnp.float32)
+  a, b = marginals(*weights, shape, dual.dtype)
   given = query, key, value, dual, a, b, relaxation, momentum
   out = _closed(static, *given)[0]
   return jnp.where(a[..., None] > 0, out, 0.0).astype(value.dtype)
@@ -219,12 +219,11 @@ def _closed(static, query, key, value, dual, a, b, relaxation, momentum):
     moved = advance(before, f, half(query, key, a, b, g), *factors)
     return (moved, f), Iterates(f, g)
 
-  f = g = dual
-  if static.side == "key" and static.count > 0:
-    f = half(query, key, a, b, g)
-  factors = by_closure(relaxation, momentum, jnp.dtype(jnp.float32))
-  (f, _), iterates = jax.lax.scan(step, (f, f), factors, max(static.count - 1, 0))
+  g, iterates = dual, None
   if static.count > 0:
+    f = dual if static.side == "query" else half(query, key, a, b, dual)
+    factors = by_closure(relaxation, momentum, dual.dtype)
+    (f, _), iterates = jax.lax.scan(step, (f, f), factors, static.count - 1)
     g = to_keys(f)
     last = Iterates(f, g)
     iterates = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), iterates, last)
