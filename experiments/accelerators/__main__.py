@@ -7,10 +7,11 @@ running, and `compile_seconds` is that of this machine.
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from experiments.accelerators.compiling import (
   AXES,
@@ -23,7 +24,15 @@ from experiments.accelerators.compiling import (
   placed,
   stay_on_the_cpu,
 )
-from experiments.accelerators.methods import METHODS, Options, Shape, case_of, tokens
+from experiments.accelerators.methods import (
+  METHODS,
+  Options,
+  Shape,
+  case_of,
+  is_kernel,
+  is_made_for,
+  tokens,
+)
 from experiments.common.arguments import parser_for, whole
 from experiments.common.results import (
   options_of,
@@ -46,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   rows: list[dict[str, Any]] = []
   for device in args.devices:
     for shape in map(shape_of, args.shapes):
-      for method in args.methods:
+      for method in filter(functools.partial(is_made_for, device), args.methods):
         row = row_of(device, shape, method, options)
         rows.append(row)
         print(device, *shape, method, row.get("failed", ""), flush=True)
@@ -79,7 +88,9 @@ def row_of(device: str, shape: Shape, method: str, options: Options) -> dict[str
 
 
 def _call(device, parts, shape, method, options):
-  mesh = mesh_of(device, parts)
+  # JAX does not divide kernels of our own, but where types say what devices have.
+  kind = AxisType.Explicit if is_kernel(method) else AxisType.Auto
+  mesh = mesh_of(device, parts, kind)
   case = case_of(method, shape, options)
   data, heads = AXES
   each = placed(mesh, tokens(shape, options), PartitionSpec(data, None, heads))

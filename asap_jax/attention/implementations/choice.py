@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from asap_jax.attention.implementations import pallas
 from asap_jax.attention.implementations.cudnn import fused_attention, unsupported
 from asap_jax.attention.implementations.cudnn_sums import head_dim
-from asap_jax.attention.implementations import pallas
 from asap_jax.attention.inputs import Inputs
 
 Implementation = Literal["xla", "chunked", "cudnn", "pallas"]
@@ -171,8 +171,7 @@ def choose(
     _check_name(implementation)
   if implementation in ("xla", "chunked"):
     return implementation
-  reason = "packed sequences; pass implementation='chunked' or 'xla'"
-  reason = reason if packed else None
+  reason = _no_segments(packed)
   if implementation == "pallas":
     reason = reason or pallas.unsupported(query, key, value, bias)
     if reason is not None:
@@ -197,6 +196,10 @@ def choose(
   else:
     entries, most = math.prod(query.shape[:-2]) * n * m, _DENSE
   return "chunked" if entries > most else "xla"
+
+
+def _no_segments(packed: bool) -> str | None:
+  return "packed sequences; pass implementation='chunked' or 'xla'" if packed else None
 
 
 def _check_name(implementation: str) -> None:

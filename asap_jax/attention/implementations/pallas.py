@@ -123,8 +123,8 @@ def unsupported(
   dtypes = {str(x.dtype) for x in (query, key, value)}
   if not dtypes <= {"float32", "bfloat16", "float16"}:
     return (
-      f"query, key, value have dtype {', '.join(sorted(dtypes))}: kernels take float32, "
-      "bfloat16 or float16; pass implementation='chunked'"
+      f"query, key, value have dtype {', '.join(sorted(dtypes))}: kernels take "
+      "float32, bfloat16 or float16; pass implementation='chunked'"
     )
   if bias is not None:
     return "bias: kernels take none; expected None, or pass implementation='chunked'"
@@ -176,7 +176,7 @@ def _is_resident(static: _Static, query: Array, key: Array, value: Array) -> boo
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, *arrays: Array | None) -> Array:
+def _attend(static: _Static, *arrays: Any) -> Array:
   """Any closures; of tokens, the dual, weights of both sides and factors."""
   query, key, value, dual, *weights, relaxation, momentum = arrays
   shape = *query.shape[:2], key.shape[1]

@@ -149,15 +149,13 @@ def cotangents(
     ],
     [(of_queries, of_keys)] * 2 + [(of_queries, 1)] * 2,
   )
-  *of_tokens, start, a, b = found
-  cut = zip(of_tokens, (n, m, m), strict=True)
-  return Cotangents(
-    *(bar[:, :size] for bar, size in cut), start[:, 0, :n], a[:, 0, :n], b[:, 0, :m]
-  )
+  query, key, value, start, a, b = found
+  sums = start[:, 0, :n], a[:, 0, :n], b[:, 0, :m]
+  return Cotangents(query[:, :n], key[:, :m], value[:, :m], *sums)
 
 
 def _in_rows(query, key, value, f, a, b):
-  """Arrays whose points are a multiple of the registers' lanes; what is more is absent."""
+  """Arrays whose points are a multiple of the lanes; what is more is absent."""
   tokens = (padded(x, LANES, axis=1) for x in (query, key, value))
   return *tokens, *(padded(x, LANES, axis=1)[:, None] for x in (f, a, b))
 

@@ -69,10 +69,10 @@ def averages(
   return logs[:, 0, :n], out[:, :n]
 
 
-def block_of(size: int, most: int = _BLOCK) -> int:
+def block_of(size: int) -> int:
   """Points of a block: as few blocks as can be, with as little padding."""
-  blocks = max(-(-size // most), 1)
-  return -(-max(size, 1) // (blocks * LANES)) * LANES
+  blocks = -(-size // _BLOCK)
+  return -(-size // (blocks * LANES)) * LANES
 
 
 def padded(array: Array, block: int, *, axis: int, with_: float = 0.0) -> Array:
@@ -122,7 +122,7 @@ def as_column(row: Array) -> Array:
 
 
 def on_tpu(call: Callable[..., Any], *arrays: Array) -> Any:
-  """`call(interpret)` of arrays: a kernel for a TPU, interpreted for other platforms."""
+  """`call(interpret)` of arrays: a kernel for a TPU, interpreted elsewhere."""
   return jax.lax.platform_dependent(
     *arrays, tpu=call(interpret=False), default=call(interpret=True)
   )

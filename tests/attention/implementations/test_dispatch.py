@@ -144,9 +144,8 @@ gpu = [
   pytest.mark.gpu,
   pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
 ]
-# Kernels are interpreted, which takes long. One in fast memory, and one after another.
-QUICK = "pallas iterations", "pallas key momentum"
-# Of what differs little from others.
+# Of what differs little from others; and kernels that are interpreted, which takes
+# long: see test_pallas.
 SLOW = [
   f"{name} {case}"
   for name in ("closures", "xla", "xla long", "chunked heads", "cudnn")
@@ -159,7 +158,7 @@ SLOW = [
     ("chunked heads", "key momentum"),
     ("cudnn", "half"),
   }
-] + [name for name in PROGRAMS if name.startswith("pallas ") and name not in QUICK]
+] + [name for name in PROGRAMS if name.startswith("pallas ")]
 
 
 def each_of(names):
@@ -173,6 +172,7 @@ def each_of(names):
 
 
 everyone = each_of(PROGRAMS)
+PALLAS = pytest.param("pallas", marks=pytest.mark.slow)
 
 
 @functools.cache
@@ -278,7 +278,7 @@ def test_padding_that_is_not_finite_reaches_nothing(name):
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_names_are_refused():
   query = jnp.zeros((1, N, HEADS, DIM))
-  wanted = r"implementation='flash': expected .*xla.*chunked.*cudnn"
+  wanted = r"implementation='flash': expected .*xla.*chunked.*cudnn.*pallas"
   with pytest.raises(ValueError, match=wanted):
     asap_attention(query, query, query, dual_map=DUAL_MAP, implementation="flash")
   with pytest.raises(ValueError, match=wanted):
@@ -303,7 +303,7 @@ OPTIONS = {"scale": 0.7, "epsilon": 0.5}
 
 
 @pytest.mark.usefixtures("cudnn_stand_in")
-@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn", None])
+@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn", "pallas", None])
 def test_asap_attention_by_every_implementation(name):
   inputs, mask, masks = tokens()
   wanted, _ = references.attention(
@@ -318,7 +318,7 @@ def test_asap_attention_by_every_implementation(name):
 
 
 @pytest.mark.usefixtures("cudnn_stand_in")
-@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn"])
+@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn", PALLAS])
 def test_sinkhorn_attention_by_every_implementation(name):
   inputs, mask, masks = tokens()
   wanted, _ = references.attention(*(np.float64(x) for x in inputs), 4, **masks)
@@ -395,7 +395,7 @@ def test_layer_takes_an_implementation_and_a_call_may_replace_it():
 
 
 @pytest.mark.usefixtures("marked")
-@pytest.mark.parametrize("name", ["chunked", "cudnn"])
+@pytest.mark.parametrize("name", ["chunked", "cudnn", PALLAS])
 def test_weights_that_are_asked_for_are_formed_whatever_is_named(name):
   inputs, mask, masks = tokens(jnp.float32)
   _, wanted = references.attention(*inputs, 1, dual_map=DUAL_MAP, **masks)
