@@ -178,11 +178,9 @@ def _is_resident(static: _Static, query: Array, key: Array, value: Array) -> boo
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, *arrays: Any) -> Array:
   """Any closures; of tokens, the dual, weights of both sides and factors."""
-  query, key, value, dual, *weights, relaxation, momentum = arrays
-  shape = *query.shape[:2], key.shape[1]
-  a, b = marginals(*weights, shape, dual.dtype)
-  given = query, key, value, dual, a, b, relaxation, momentum
-  out = _closed(static, *given)[0]
+  query, key, value, dual, rows, columns, *factors = arrays
+  a, b = marginals(rows, columns, (*query.shape[:2], key.shape[1]), dual.dtype)
+  out = _closed(static, query, key, value, dual, a, b, *factors)[0]
   return jnp.where(a[..., None] > 0, out, 0.0).astype(value.dtype)
 
 
