@@ -160,7 +160,6 @@ def _iterate_backward(static, kept, out_bar):
     options = static.count, None, static.precision
     of_all = streamed.backward(options, ((*arguments, None, None), kept[1]), out_bar)
     return of_all[1:-2]
-  out_bar = jnp.where(a[..., None] > 0, out_bar, 0.0)
   bars = pallas_resident.cotangents(
     *(query, key, _wide(value), a, b, duals, iterates, out_bar), static.precision
   )
