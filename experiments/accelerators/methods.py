@@ -56,11 +56,6 @@ def is_kernel(method: str) -> bool:
   return method.removesuffix("_step").endswith("_pallas")
 
 
-def is_made_for(device: str, method: str) -> bool:
-  """Whether a method is more than an interpretation on a device."""
-  return device in TPUS or not is_kernel(method)
-
-
 def tokens(shape: Shape, options: Options) -> jax.ShapeDtypeStruct:
   """Shape of queries, keys and values."""
   batch, heads, length, dim = shape

@@ -142,6 +142,12 @@ def test_what_cannot_be_compiled_is_a_row_with_its_reason(monkeypatch, tmp_path)
   assert (row["batch"], row["length"]) == (1, 8)
 
 
+def test_kernels_for_a_tpu_are_not_compiled_for_a_gpu():
+  options = Options("float32", slices=2, iterations=2)
+  row = accelerators.row_of("h100", SHAPE, "sinkhorn_pallas_step", options)
+  assert row["failed"] == "a kernel for TPUs, which would be interpreted"
+
+
 @pytest.mark.parametrize("shape", ["8,8,1024", "8,8,0,64", "a,b,c,d", "1,2,3,4,5"])
 def test_shapes_that_make_no_sense_are_refused(shape, capsys, tmp_path):
   with pytest.raises(SystemExit):
