@@ -89,6 +89,11 @@ def test_chunks_form_no_matrix(device):
 SHAPES = Shape(8, 8, 1024, 64), Shape(2, 8, 4096, 64), Shape(1, 8, 16384, 64)
 
 
+def test_chunks_of_16384_tokens_take_less_than_200_megabytes():
+  row = results("h100", SHAPES[-1], ("sinkhorn_chunked",))["sinkhorn_chunked"]
+  assert row["temp_bytes"] < 200e6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("device", TPUS)
