@@ -89,8 +89,8 @@ def sinkhorn_attention(
       on one; up to 1,024 tokens one kernel runs all iterations, and one goes back. On
       other devices they are interpreted, slowly. `"ott"` is OTT-JAX's algorithm in the
       log domain, several times slower: the reference. Where the weights are sown or
-      dropped they are formed, whichever is named. Half an iteration is none of OTT-JAX's: there `"ott"` takes
-      the best of the others.
+      dropped they are formed, whichever is named. Half an iteration is none of
+      OTT-JAX's: there `"ott"` takes the best of the others.
     start: `"zero"`, or a potential of Gaussians with the moments of queries and keys
       (`asap_jax.gaussian_potential`): `"gaussian"` is `"gaussian_low_rank"`, and there
       are `"gaussian_diagonal"` and `"gaussian_full"`.
