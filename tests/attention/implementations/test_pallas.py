@@ -162,6 +162,45 @@ def test_vmap_agrees_with_a_loop_also_where_one_side_is_shared():
     np.testing.assert_allclose(gradients, gradient, atol=1e-5)
 
 
+SCRIPT = """
+  import functools
+  import jax
+  import numpy as np
+  from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+  from asap_jax import sinkhorn_attention
+
+  whole = functools.partial(sinkhorn_attention, iterations=3)
+  attend = functools.partial(whole, implementation="pallas")
+  keys = jax.random.split(jax.random.key(0), 3)
+  tokens = [jax.random.normal(key, (4, 6, 2, 4)) for key in keys]
+
+  def slopes(function, tokens):
+    loss = lambda *tokens: (function(*tokens) ** 2).sum()
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*tokens)
+
+  wanted = slopes(whole, tokens)
+  auto, explicit = (
+    jax.make_mesh((2,), ("batch",), axis_types=(kind,))
+    for kind in (AxisType.Auto, AxisType.Explicit)
+  )
+  spread = NamedSharding(explicit, P("batch"))
+  mapped = jax.shard_map(
+    attend, mesh=auto, in_specs=(P("batch"),) * 3, out_specs=P("batch")
+  )
+  for found in (
+    slopes(mapped, tokens), slopes(attend, jax.device_put(tokens, spread))
+  ):
+    for one, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+  print("same")
+"""
+
+
+@pytest.mark.slow
+def test_devices_of_a_mesh_take_it_where_types_say_what_they_have():
+  assert lowered.run_on_host_devices(2, SCRIPT) == ["same"]
+
+
 def step(attend, *tokens):
   def loss(*tokens):
     return jnp.sum(jnp.square(attend(*tokens)))
