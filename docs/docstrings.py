@@ -26,6 +26,7 @@ NAMES = (
   "attention.implementations.xla.scaled_attention",
   "attention.implementations.chunked.chunked_attention",
   "attention.implementations.cudnn.cudnn_attention",
+  "attention.implementations.pallas.pallas_attention",
   "compiler.fitting.objective.dual_objective",
   "diagnosis.LayerDiagnosis",
   "diagnosis.PathDiagnosis",

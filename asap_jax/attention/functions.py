@@ -29,7 +29,7 @@ from asap_jax.teacher.sinkhorn import sinkhorn_duals
 from asap_jax.teacher.starts import Start, check_start
 
 # Implementations of the exact iterations.
-Teacher = Literal["ott", "xla", "chunked", "cudnn"]
+Teacher = Literal["ott", "xla", "chunked", "cudnn", "pallas"]
 
 
 @attention_fn(any_mask=True)
@@ -85,10 +85,12 @@ def sinkhorn_attention(
       `"xla"` forms n x m kernels, on a CPU in blocks that stay in its cache, and its
       gradient keeps the duals of the iterations and no matrix; `"chunked"` takes
       O(n + m) memory, with a gradient O(iterations (n + m)), and so does `"cudnn"`,
-      faster forward. `"ott"` is OTT-JAX's algorithm in the log domain, several times
-      slower: the reference. Where the weights are sown or dropped they are formed,
-      whichever is named. Half an iteration is none of OTT-JAX's: there `"ott"` takes
-      the best of the others.
+      faster forward. `"pallas"` does so by kernels for a TPU, which have not been timed
+      on one; up to 1,024 tokens one kernel runs all iterations, and one goes back. On
+      other devices they are interpreted, slowly. `"ott"` is OTT-JAX's algorithm in the
+      log domain, several times slower: the reference. Where the weights are sown or
+      dropped they are formed, whichever is named. Half an iteration is none of
+      OTT-JAX's: there `"ott"` takes the best of the others.
     start: `"zero"`, or a potential of Gaussians with the moments of queries and keys
       (`asap_jax.gaussian_potential`): `"gaussian"` is `"gaussian_low_rank"`, and there
       are `"gaussian_diagonal"` and `"gaussian_full"`.
@@ -99,7 +101,7 @@ def sinkhorn_attention(
       itself: at this error of the columns, the distance of their sums to what they are
       to be, summed, relative to the sum of those (the mean of
       `asap_jax.metrics.column_error`). An iteration more is begun to know it. `None`
-      runs all of them. Not with `"ott"`, `"cudnn"` or a relaxation.
+      runs all of them. Not with `"ott"`, `"cudnn"`, `"pallas"` or a relaxation.
 
   Returns:
     `[batch..., n, heads, features]`, zero at invalid queries.
@@ -125,7 +127,7 @@ def sinkhorn_attention(
       f"implementation={implementation!r}: expected None or one of {names}"
     )
   check_iterations(iterations, start, relaxation, tolerance)
-  if tolerance is not None and implementation in ("ott", "cudnn"):
+  if tolerance is not None and implementation in ("ott", "cudnn", "pallas"):
     raise ValueError(
       f"implementation={implementation!r} with tolerance={tolerance}: expected None, "
       "'xla' or 'chunked', which can stop early"
@@ -216,8 +218,9 @@ def asap_attention(
       keys. The closure sees a bias, the features of the dual map do not.
     dual_map: calibrated parameters, one set per head.
     implementation: of the closures and the product with the values, `"xla"`,
-      `"chunked"` or `"cudnn"`; `None` takes the best for device, dtype and shape. Where
-      the weights are sown or dropped they are formed, whichever is named.
+      `"chunked"`, `"cudnn"` or `"pallas"`; `None` takes the best for device, dtype and
+      shape, but the last, which has not been timed. Where the weights are sown or
+      dropped they are formed, whichever is named.
 
   Returns:
     `[batch..., n, heads, features]`, zero at invalid queries.

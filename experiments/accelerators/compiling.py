@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Modules that know a device; and how a host of four is called.
 _GPU, _TPU = "jax_plugins.xla_cuda12", "libtpu"
@@ -58,7 +58,9 @@ def missing(device: str) -> str | None:
   return None if found else 'pip install -e ".[experiments,accelerators]"'
 
 
-def mesh_of(device: str, shape: tuple[int, int] = (1, 1)) -> Mesh:
+def mesh_of(
+  device: str, shape: tuple[int, int] = (1, 1), kind: AxisType = AxisType.Auto
+) -> Mesh:
   """Devices to compile for, at most four of them, by the axes `data` and `heads`."""
   size = math.prod(shape)
   _, name = DEVICES[device]
@@ -72,7 +74,7 @@ def mesh_of(device: str, shape: tuple[int, int] = (1, 1)) -> Mesh:
       "topology": name.format(size),
     }
   devices = topologies.get_topology_desc(**options).devices
-  return Mesh(np.array(devices[:size]).reshape(shape), AXES)
+  return Mesh(np.array(devices[:size]).reshape(shape), AXES, axis_types=(kind,) * 2)
 
 
 def placed(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import asap_jax
 from asap_jax.dual_map.features import COMPILED, feature_count
 
+TPUS = "v5e", "v6e", "v5p"
 # Of a map without slices.
 UNSLICED = ("query", "cumulants", "gaussian_diagonal")
 
@@ -50,6 +51,11 @@ def case_of(method: str, shape: Shape, options: Options) -> Case:
   return case._replace(function=_with_gradient(case.function)) if is_step else case
 
 
+def is_kernel(method: str) -> bool:
+  """Whether a method consists of kernels of our own."""
+  return method.removesuffix("_step").endswith("_pallas")
+
+
 def tokens(shape: Shape, options: Options) -> jax.ShapeDtypeStruct:
   """Shape of queries, keys and values."""
   batch, heads, length, dim = shape
@@ -82,9 +88,9 @@ def _attention(function, **fixed):
   return case
 
 
-def _compiled(features):
+def _compiled(features, **fixed):
   def function(query, key, value, dual_map):
-    return asap_jax.asap_attention(query, key, value, dual_map=dual_map)
+    return asap_jax.asap_attention(query, key, value, dual_map=dual_map, **fixed)
 
   def case(shape, options):
     dual_map = _dual_map(features, shape, options)
@@ -121,9 +127,21 @@ _METHODS: dict[str, Callable[[Shape, Options], Case]] = {
     iterations=lambda options: options.iterations,
     implementation="chunked",
   ),
+  "sinkhorn_pallas": _attention(
+    asap_jax.sinkhorn_attention,
+    iterations=lambda options: options.iterations,
+    implementation="pallas",
+  ),
   "gaussian@2": _attention(asap_jax.sinkhorn_attention, iterations=2, start="gaussian"),
+  "gaussian@2_pallas": _attention(
+    asap_jax.sinkhorn_attention,
+    iterations=2,
+    start="gaussian",
+    implementation="pallas",
+  ),
   "asap": _compiled(COMPILED),
   "asap_unsliced": _compiled(UNSLICED),
+  "asap_unsliced_pallas": _compiled(UNSLICED, implementation="pallas"),
   "potentials": _potentials,
 }
 METHODS = tuple(f"{name}{kind}" for name in _METHODS for kind in ("", "_step"))

@@ -95,7 +95,7 @@ def _asap(name: str, problem: Problem) -> list[Candidate]:
       slices,
     )
     for slices in (problem.slices[:1] if linear else problem.slices)
-    for implementation in IMPLEMENTATIONS
+    for implementation in _implementations(problem)
   ]
 
 
@@ -126,7 +126,8 @@ def _sinkhorn(name: str, problem: Problem) -> list[Candidate]:
     found.append(Candidate(name, "ott", ott, 3, unavailable=_no_ott()))
     log = functools.partial(log_sinkhorn, iterations=iterations)
     found.append(Candidate(name, "log", log, 3))
-  for implementation in ("xla", "cudnn") if cut else IMPLEMENTATIONS:
+  every = _implementations(problem)
+  for implementation in (x for x in every if not cut or x != "chunked"):
     function = functools.partial(teacher, implementation=implementation)
     matrices = _matrices(implementation, problem)
     found.append(Candidate(name, implementation, function, matrices))
@@ -145,7 +146,7 @@ def _sinkhorn_step(name: str, problem: Problem) -> list[Candidate]:
       4 * _in_flight(problem) if implementation == "xla" else 0,
       unavailable=_no_cudnn(problem) if implementation == "cudnn" else None,
     )
-    for implementation in IMPLEMENTATIONS
+    for implementation in _implementations(problem)
   ]
   ott = functools.partial(teacher, implementation="ott")
   unrolled = functools.partial(unrolled_sinkhorn, iterations=iterations)
@@ -223,6 +224,11 @@ def _matrices(implementation: str, problem: Problem) -> float:
 def _no_ott() -> str | None:
   missing = importlib.util.find_spec("ott") is None
   return "OTT-JAX is not installed" if missing else None
+
+
+def _implementations(problem: Problem) -> tuple[str, ...]:
+  # On other devices these kernels would be interpreted.
+  return (*IMPLEMENTATIONS, "pallas") if problem.device == "tpu" else IMPLEMENTATIONS
 
 
 def _no_cudnn(problem: Problem) -> str | None:

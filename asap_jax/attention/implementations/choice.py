@@ -4,8 +4,10 @@
 - `"chunked"`: O(n + m) memory in plain XLA; any dtype and device.
 - `"cudnn"`: O(n + m) memory, cuDNN's fused kernels; bfloat16 and float16 on an NVIDIA
   GPU.
+- `"pallas"`: O(n + m) memory, kernels of our own for a TPU; only where it is named, for
+  none has timed them there. Interpreted, slowly, on other devices.
 
-All three are one function up to rounding. The choice is made for the platform that is
+All of them are one function up to rounding. The choice is made for the platform that is
 lowered for, whatever devices the host has: where it differs, the lowered program holds
 the one of its own platform, and of several if it is exported for several.
 """
@@ -18,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from asap_jax.attention.implementations import pallas
 from asap_jax.attention.implementations.cudnn import fused_attention, unsupported
 from asap_jax.attention.implementations.cudnn_sums import head_dim
 from asap_jax.attention.inputs import Inputs
 
-Implementation = Literal["xla", "chunked", "cudnn"]
+Implementation = Literal["xla", "chunked", "cudnn", "pallas"]
 Gradient = Literal["iterated", "streamed"]
 
 # Entries above which a kernel is not formed: 2 GiB of float32 in all, for XLA holds two
@@ -156,7 +159,7 @@ def choose(
     bias: added to the logits, or `None`.
     scale: of the logits.
     count: closures.
-    packed: whether there are segments, which cuDNN's form does not know.
+    packed: whether there are segments, which fused kernels do not know.
     platform: `"cpu"`, `"cuda"` (or `"gpu"`), `"tpu"`; by default that of the queries'
       device, and inside of jit, where they have none, of JAX's default device.
 
@@ -168,10 +171,14 @@ def choose(
     _check_name(implementation)
   if implementation in ("xla", "chunked"):
     return implementation
+  reason = _no_segments(packed)
+  if implementation == "pallas":
+    reason = reason or pallas.unsupported(query, key, value, bias)
+    if reason is not None:
+      raise ValueError(f"implementation='pallas' cannot serve: {reason}")
+    return "pallas"
   platform = platform or _platform(query)
-  reason = unsupported(query, key, value, bias, scale)
-  if packed:
-    reason = "packed sequences; pass implementation='chunked' or 'xla'"
+  reason = reason or unsupported(query, key, value, bias, scale)
   reason = reason or _no_cudnn(
     platform, query.dtype, head_dim(query.shape[-1], value.shape[-1])
   )
@@ -189,6 +196,10 @@ def choose(
   else:
     entries, most = math.prod(query.shape[:-2]) * n * m, _DENSE
   return "chunked" if entries > most else "xla"
+
+
+def _no_segments(packed: bool) -> str | None:
+  return "packed sequences; pass implementation='chunked' or 'xla'" if packed else None
 
 
 def _check_name(implementation: str) -> None:

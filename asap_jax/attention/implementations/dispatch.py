@@ -22,6 +22,7 @@ from asap_jax.attention.implementations.iterated import (
   iterated_attention,
   iterated_plan,
 )
+from asap_jax.attention.implementations.pallas import pallas_attention
 from asap_jax.attention.implementations.streamed import streamed_attention
 from asap_jax.attention.implementations.xla import (
   predicted_attention,
@@ -131,7 +132,7 @@ class ClosedPlan:
       segments=segments,
       **({"bias": inputs.bias} if iterated else {}),
     )
-    if self.gradient and self.implementation != "cudnn":
+    if self.gradient and self.implementation not in ("cudnn", "pallas"):
       return iterate()
     if isinstance(start, str):
       start = self._dual
@@ -139,14 +140,17 @@ class ClosedPlan:
     functions: dict[object, Callable[..., Array]] = {
       "xla": scaled_attention,
       "chunked": chunked_attention,
+      "pallas": pallas_attention,
     }
     attend = functions.get(self.implementation, cudnn_attention)
     if attend is cudnn_attention:
       tokens = *narrow(inputs), *tokens[2:]
       options["scale"] = inputs.scale
+    if self.implementation in ("cudnn", "pallas"):
       del options["segments"]  # there are none (`choose`)
-    if self.gradient:
+    has_other = self.gradient and self.implementation != "pallas"
+    if has_other:
       # Nothing of it is kept where a gradient is asked for.
       tokens = jax.lax.stop_gradient(tokens)
     out = attend(*tokens, self.count, *inputs.masks, **options, **self.steps)
-    return iterate(forward=out) if self.gradient else out
+    return iterate(forward=out) if has_other else out

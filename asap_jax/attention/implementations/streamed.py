@@ -33,9 +33,11 @@ T = TypeVar("T")  # a pytree of arrays
 # Of queries, keys, values, dual, sums of both, and segments of both: axes behind those
 # of the batch.
 _OWN = 2, 2, 2, 1, 1, 1, 1, 1
-# Scores of a chunk: on a CPU they stay in its cache; elsewhere 64 MiB of float32 keep a
-# device busy. Fewer heads at a time come before chunks of fewer queries.
-_CPU_SCORES, _SCORES, _LEAST_CHUNK = 2**20, 2**24, 128
+# Scores of a chunk: on a CPU they stay in its cache; elsewhere 32 MiB of float32, so
+# that 8 heads of 16,384 tokens take less than 200 MB of an H100. Fewer heads at a time
+# come before chunks of fewer queries, down to the least.
+_CPU_SCORES, _CPU_LEAST_CHUNK = 2**20, 128
+_SCORES, _LEAST_CHUNK = 2**23, 64
 
 
 def streamed_attention(
@@ -148,7 +150,9 @@ def _attend_and_keep(options, *arguments):
 
 
 @with_usual_promotion
-def _attend_backward(options, residuals, out_bar):
+def backward(options, residuals, out_bar):
+  """Cotangents of `_attend`'s arguments from the values' and what it kept."""
+
   def block(chunk, query, key, value, *rest):
     *sides, out, f, g, fs, gs, active, out_bar = rest
     n, dtype = query.shape[-2], f.dtype
@@ -183,7 +187,7 @@ def _attend_backward(options, residuals, out_bar):
   return None, *bars, None, None  # segments are none that moves
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, backward)
 
 
 def _problem(chunk, query, key, a, b, query_segments, key_segments):
@@ -205,8 +209,8 @@ def _in_blocks(
   query, key = arguments[:2]
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
 
-  def run(scores, *arguments):
-    most = max(scores // max(min(n, _LEAST_CHUNK) * m, 1), 1)
+  def run(scores, least, *arguments):
+    most = max(scores // max(min(n, least) * m, 1), 1)
     elements = block_size(math.prod(batch), most)
     chunk = min(max(scores // max(elements * m, 1), 1), max(n, 1))
     # Chunks of one size, with as little in the last that is not there as can be.
@@ -218,6 +222,6 @@ def _in_blocks(
 
   return jax.lax.platform_dependent(
     *arguments,
-    cpu=functools.partial(run, _CPU_SCORES),
-    default=functools.partial(run, _SCORES),
+    cpu=functools.partial(run, _CPU_SCORES, _CPU_LEAST_CHUNK),
+    default=functools.partial(run, _SCORES, _LEAST_CHUNK),
   )

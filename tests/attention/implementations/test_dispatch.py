@@ -16,12 +16,14 @@ from asap_jax.attention.implementations import (
   chunked,
   cudnn_sums,
   dispatch,
+  pallas_resident,
   xla_short,
 )
 from asap_jax.attention.implementations import iterated as iterated_module
 from asap_jax.attention.implementations.chunked import chunked_attention
 from asap_jax.attention.implementations.cudnn import cudnn_attention
 from asap_jax.attention.implementations.iterated import iterated_attention
+from asap_jax.attention.implementations.pallas import pallas_attention
 from asap_jax.attention.implementations.xla import scaled_attention
 from asap_jax.c_transform import apply_plan, closures
 
@@ -78,6 +80,11 @@ def iterated(query, key, *rest, scale, **options):
   return iterated_attention(scale * query, key, *rest, **options)
 
 
+def kernels(query, key, *rest, scale, **options):
+  query, key = (x.astype(jnp.float32) for x in (query, key))
+  return pallas_attention(scale * query, key, *rest, **options)
+
+
 def narrow(query, *rest, scale, **options):
   return chunked_attention(scale * query, *rest, **options)
 
@@ -108,6 +115,12 @@ PROGRAMS = {
   "cudnn bfloat16": (on_cpu, jnp.bfloat16, "plain"),
   "cudnn masked": (on_cpu, jnp.bfloat16, "masked"),
   "cudnn float16": (on_cpu, jnp.float16, "masked"),
+  "pallas float32": (kernels, jnp.float32, "plain"),
+  "pallas bfloat16": (kernels, jnp.bfloat16, "iterations"),
+  "pallas float16": (kernels, jnp.float16, "iterations"),
+  "pallas masked": (kernels, jnp.float32, "masked"),
+  "pallas streamed bfloat16": (kernels, jnp.bfloat16, "plain"),
+  "pallas streamed iterations": (kernels, jnp.float32, "iterations"),
   **{
     f"{name} {case}": (function, dtype, case)
     for name, (function, dtype) in {
@@ -115,6 +128,7 @@ PROGRAMS = {
       "xla": (wide, jnp.float32),
       "xla long": (wide, jnp.float32),
       "chunked heads": (narrow, jnp.float32),
+      "pallas": (kernels, jnp.float32),
       # The gradients that several closures leave are as small as bfloat16's rounding.
       "cudnn": (on_cpu, jnp.float16),
     }.items()
@@ -130,7 +144,8 @@ gpu = [
   pytest.mark.gpu,
   pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
 ]
-# Of what differs little from others.
+# Of what differs little from others; and kernels that are interpreted, which takes
+# long: see test_pallas.
 SLOW = [
   f"{name} {case}"
   for name in ("closures", "xla", "xla long", "chunked heads", "cudnn")
@@ -143,7 +158,7 @@ SLOW = [
     ("chunked heads", "key momentum"),
     ("cudnn", "half"),
   }
-]
+] + [name for name in PROGRAMS if name.startswith("pallas ")]
 
 
 def each_of(names):
@@ -157,6 +172,7 @@ def each_of(names):
 
 
 everyone = each_of(PROGRAMS)
+PALLAS = pytest.param("pallas", marks=pytest.mark.slow)
 
 
 @functools.cache
@@ -180,6 +196,8 @@ def program(name):
     patch.setattr(chunked, "_LEAST_CHUNK", 4)
     budgets = [BUDGETS[word] for word in name.split() if word in BUDGETS]
     patch.setattr(chunked, "_CPU_BUDGET", *budgets or [2**20])
+    if "streamed" in name:
+      patch.setattr(pallas_resident, "_LENGTH", 0)
     if "blocks" in name:
       patch.setattr(iterated_module, "_PAIRS", 2 * N * M)
     if "long" in name:
@@ -260,7 +278,7 @@ def test_padding_that_is_not_finite_reaches_nothing(name):
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_names_are_refused():
   query = jnp.zeros((1, N, HEADS, DIM))
-  wanted = r"implementation='flash': expected .*xla.*chunked.*cudnn"
+  wanted = r"implementation='flash': expected .*xla.*chunked.*cudnn.*pallas"
   with pytest.raises(ValueError, match=wanted):
     asap_attention(query, query, query, dual_map=DUAL_MAP, implementation="flash")
   with pytest.raises(ValueError, match=wanted):
@@ -285,7 +303,7 @@ OPTIONS = {"scale": 0.7, "epsilon": 0.5}
 
 
 @pytest.mark.usefixtures("cudnn_stand_in")
-@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn", None])
+@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn", "pallas", None])
 def test_asap_attention_by_every_implementation(name):
   inputs, mask, masks = tokens()
   wanted, _ = references.attention(
@@ -300,7 +318,7 @@ def test_asap_attention_by_every_implementation(name):
 
 
 @pytest.mark.usefixtures("cudnn_stand_in")
-@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn"])
+@pytest.mark.parametrize("name", ["xla", "chunked", "cudnn", PALLAS])
 def test_sinkhorn_attention_by_every_implementation(name):
   inputs, mask, masks = tokens()
   wanted, _ = references.attention(*(np.float64(x) for x in inputs), 4, **masks)
@@ -377,7 +395,7 @@ def test_layer_takes_an_implementation_and_a_call_may_replace_it():
 
 
 @pytest.mark.usefixtures("marked")
-@pytest.mark.parametrize("name", ["chunked", "cudnn"])
+@pytest.mark.parametrize("name", ["chunked", "cudnn", PALLAS])
 def test_weights_that_are_asked_for_are_formed_whatever_is_named(name):
   inputs, mask, masks = tokens(jnp.float32)
   _, wanted = references.attention(*inputs, 1, dual_map=DUAL_MAP, **masks)

@@ -39,7 +39,7 @@ def attend(request, monkeypatch):
   if request.param == "iterated":
     return iterated_attention
   # Five chunks of two queries, the last with one that is not there, a head at a time.
-  monkeypatch.setattr(streamed, "_LEAST_CHUNK", 2)
+  monkeypatch.setattr(streamed, "_CPU_LEAST_CHUNK", 2)
   monkeypatch.setattr(streamed, "_CPU_SCORES", 2 * M)
   return streamed.streamed_attention
 
@@ -240,7 +240,7 @@ def test_no_matrix_of_pairs_is_kept_for_the_backward_pass(attend):
 
 
 def test_without_a_kernel_values_and_gradients_are_those_with_one(monkeypatch):
-  monkeypatch.setattr(streamed, "_LEAST_CHUNK", 2)
+  monkeypatch.setattr(streamed, "_CPU_LEAST_CHUNK", 2)
   monkeypatch.setattr(streamed, "_CPU_SCORES", 2 * HEADS * M)
   masks = [MASK.any(-1), MASK.any(-2)]
 

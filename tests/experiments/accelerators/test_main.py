@@ -6,6 +6,7 @@ other tests.
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from helpers.pages import ROOT
 
 from experiments.accelerators import __main__ as accelerators
 from experiments.accelerators import compiling
-from experiments.accelerators.methods import METHODS, Options, Shape, case_of
+from experiments.accelerators.methods import METHODS, TPUS, Options, Shape, case_of
 
 # Length 2,048: a float32 matrix of all pairs of one head takes 16 MiB.
 SHAPE, LONG = Shape(2, 2, 128, 16), Shape(1, 2, 2048, 16)
@@ -84,6 +85,33 @@ def test_chunks_form_no_matrix(device):
   assert rows["potentials"]["temp_bytes"] < 64 * 8 * LONG.heads * LONG.length
 
 
+# The last two do not fit into fast memory: a kernel of every half-iteration.
+SHAPES = Shape(8, 8, 1024, 64), Shape(2, 8, 4096, 64), Shape(1, 8, 16384, 64)
+
+
+def test_chunks_of_16384_tokens_take_less_than_200_megabytes():
+  row = results("h100", SHAPES[-1], ("sinkhorn_chunked",))["sinkhorn_chunked"]
+  assert row["temp_bytes"] < 200e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("device", TPUS)
+def test_kernels_compile_for_tpus(device, shape):
+  # Beyond fast memory the gradient is no kernel, and takes long to compile.
+  steps = ("sinkhorn_pallas_step",) if shape.length <= 1024 else ()
+  for row in results(device, shape, ("sinkhorn_pallas", *steps)).values():
+    assert "failed" not in row
+    assert row["custom_call"] > 0
+    assert row["while_on_data"] == row["gather"] == row["scatter"] == 0
+    # What is padded from 64 to the 128 lanes of a register is twice as large; of all
+    # pairs there would be eight times as much at the least.
+    tokens = 4 * math.prod(shape)
+    assert row["largest_array_bytes"] <= 2 * tokens
+    if shape.batch % 2 == 0:
+      assert row["collectives"] == 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_a_function_of_tokens(method):
   import jax
@@ -117,6 +145,12 @@ def test_what_cannot_be_compiled_is_a_row_with_its_reason(monkeypatch, tmp_path)
   (row,) = json.loads((out / "results.json").read_text())["rows"]
   assert row["failed"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
   assert (row["batch"], row["length"]) == (1, 8)
+
+
+def test_kernels_for_a_tpu_are_not_compiled_for_a_gpu():
+  options = Options("float32", slices=2, iterations=2)
+  row = accelerators.row_of("h100", SHAPE, "sinkhorn_pallas_step", options)
+  assert row["failed"] == "a kernel for TPUs, which would be interpreted"
 
 
 @pytest.mark.parametrize("shape", ["8,8,1024", "8,8,0,64", "a,b,c,d", "1,2,3,4,5"])

@@ -196,6 +196,14 @@ def test_methods_that_cannot_run_here_say_why(monkeypatch):
     assert cudnn.unavailable == reason
 
 
+def test_kernels_for_a_tpu_are_timed_on_a_tpu_alone():
+  methods = ["asap", "sinkhorn", "sinkhorn@2", "sinkhorn_step"]
+  problem = problem_of()
+  for device, wanted in (("cpu", set()), ("gpu", set()), ("tpu", set(methods))):
+    each = candidates(problem._replace(device=device), methods)
+    assert {c.method for c in each if c.implementation == "pallas"} == wanted
+
+
 def test_unknown_methods_are_refused():
   with pytest.raises(ValueError, match=r"methods=\['sofmax'\]: expected some of"):
     candidates(problem_of(), ["softmax", "sofmax"])
