@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from experiments.stress.entries import Entry, entries
+from experiments.stress.entries import entries
+from experiments.stress.samples import Entry
 from experiments.stress.saved import tally
 
 
