@@ -34,6 +34,7 @@ def disks(tries: int) -> list[dict[str, Any]]:
   if found.returncode != 0:
     print(f"No disk was filled: {found.stderr[-500:]}")
     return []
+  print(found.stderr, end="")
   return json.loads(found.stdout.splitlines()[-1])
 
 
@@ -58,7 +59,10 @@ def _filled(folder: str, tries: int) -> list[dict[str, Any]]:
     except OSError as error:
       brief = len(str(error)) < 500 and number_at(path) == 1.0
       row["told" if brief else "lost"] += 1
-    row["litter"] += litter(path)
+    left = litter(path)
+    row["litter"] += left
+    if left:
+      print(count, free, sorted(map(str, path.parent.rglob("*"))), file=sys.stderr)
     subprocess.run(["umount", folder], check=True)
   return [row]
 
