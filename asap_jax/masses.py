@@ -29,6 +29,12 @@ def check_weights(name: str, weights: Masses, size: int) -> None:
     raise ValueError(f"{name} has shape {weights.shape}: expected [..., {size}]")
 
 
+def check_dual(name: str, dual: Array, size: int) -> None:
+  """Raises ValueError unless a dual is `[..., size]`."""
+  if dual.ndim == 0 or dual.shape[-1] != size:
+    raise ValueError(f"{name} has shape {dual.shape}: expected [..., {size}]")
+
+
 def check_clouds(
   query: Array, key: Array, query_weights: Masses, key_weights: Masses
 ) -> None:

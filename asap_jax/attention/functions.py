@@ -121,11 +121,7 @@ def sinkhorn_attention(
     >>> layer(jax.random.normal(jax.random.key(0), (2, 6, 8))).shape
     (2, 6, 8)
   """
-  if implementation is not None and implementation not in get_args(Teacher):
-    names = ", ".join(get_args(Teacher))
-    raise ValueError(
-      f"implementation={implementation!r}: expected None or one of {names}"
-    )
+  check_implementation(implementation)
   check_iterations(iterations, start, relaxation, tolerance)
   if tolerance is not None and implementation in ("ott", "cudnn", "pallas"):
     raise ValueError(
@@ -166,6 +162,15 @@ def _by_ott(inputs: Inputs, iterations: int, start: Start, relaxation: float) ->
 def constant_relaxation(relaxation: float, iterations: int) -> Array | None:
   """One omega between every two iterations; `None` where they are plain."""
   return None if relaxation == 1.0 else jnp.full((iterations - 1,), relaxation)
+
+
+def check_implementation(implementation: str | None) -> None:
+  """Raises ValueError unless `sinkhorn_attention` knows an implementation."""
+  if implementation is not None and implementation not in get_args(Teacher):
+    names = ", ".join(get_args(Teacher))
+    raise ValueError(
+      f"implementation={implementation!r}: expected None or one of {names}"
+    )
 
 
 def check_iterations(

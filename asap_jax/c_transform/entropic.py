@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from asap_jax.masses import (
   Masses,
   Side,
+  check_dual,
   check_weights,
   normalised,
   valid,
@@ -119,13 +120,14 @@ def closure(
     `Duals` of the closed plan.
 
   Raises:
-    ValueError: as in `c_transform`.
+    ValueError: as in `c_transform`, and if `f` does not fit the logits.
 
   Example:
     >>> logits = jnp.array([[2.0, 0.0], [1.0, 1.0]])
     >>> plan(logits, closure(logits, jnp.zeros(2))).sum(-1).round(4).tolist()
     [1.0, 1.0]
   """
+  check_dual("f", f, logits.shape[-2])
   g = c_transform(logits, f, query_weights, key_weights, to="key")
   return Duals(c_transform(logits, g, query_weights, key_weights, to="query"), g)
 
@@ -179,6 +181,8 @@ def closures(
   """
   check_closures(count, relaxation, momentum, side)
   weights = query_weights, key_weights
+  check_logits(logits, *weights)
+  check_dual("dual", dual, logits.shape[-1 if side == "key" else -2])
   if side == "key":
     g = dual
     dual = c_transform(logits, g, *weights, to="query")
@@ -266,7 +270,7 @@ def plan(
     `[..., n, m]`, float32 or better.
 
   Raises:
-    ValueError: if weights do not fit the logits.
+    ValueError: if weights or duals do not fit the logits.
 
   Example:
     >>> duals = closure(jnp.zeros((2, 4)), jnp.zeros(2))
@@ -274,6 +278,8 @@ def plan(
     [[0.25, 0.25, 0.25, 0.25], [0.25, 0.25, 0.25, 0.25]]
   """
   check_logits(logits, query_weights, key_weights)
+  for name, dual, size in zip(("f", "g"), duals, logits.shape[-2:], strict=True):
+    check_dual(f"duals.{name}", dual, size)
   logits = logits.astype(float_dtype(logits))
   scores = logits + duals.f[..., :, None] + duals.g[..., None, :]
   pairs = valid_pairs(query_weights, key_weights)
@@ -340,11 +346,6 @@ def marginals(
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch m"]]:
   """Row and column sums of plans of a shape `[batch..., n, m]`, of every element."""
   *batch, n, m = shape
-  rows, columns = (
-    row_sums(query_weights, n),
-    column_sums(query_weights, key_weights, n, m),
-  )
-  return (
-    jnp.broadcast_to(rows, (*batch, n)).astype(dtype),
-    jnp.broadcast_to(columns, (*batch, m)).astype(dtype),
-  )
+  rows = row_sums(query_weights, n).astype(dtype)
+  columns = column_sums(query_weights, key_weights, n, m).astype(dtype)
+  return jnp.broadcast_to(rows, (*batch, n)), jnp.broadcast_to(columns, (*batch, m))

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from asap_jax.attention.functions import Teacher, check_iterations, sinkhorn_attention
+from asap_jax.attention.functions import (
+  Teacher,
+  check_implementation,
+  check_iterations,
+  sinkhorn_attention,
+)
 from asap_jax.attention.inputs import Activation
 from asap_jax.attention.signature import AttentionFn, inputs_of
 from asap_jax.compiler import standing
@@ -162,6 +167,7 @@ def fit(
     ((4, 6, 2, 8), (2,))
   """
   standing.check_wanted(operator, target_tv)
+  check_implementation(implementation)
   check_iterations(iterations, start, relaxation, tolerance)
   if iterations < 1:
     raise ValueError(

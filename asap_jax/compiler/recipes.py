@@ -67,5 +67,7 @@ class Recipe:
         raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
     if self.hidden == 1:
       raise ValueError("hidden=1: expected at least two units, or 0 for none")
+    if not self.ridge > 0.0:
+      raise ValueError(f"ridge={self.ridge}: expected a positive number")
     if self.objective not in get_args(Objective):
       raise ValueError(f"objective={self.objective!r}: expected 'plan' or 'dual'")

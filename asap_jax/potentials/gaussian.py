@@ -95,14 +95,9 @@ def gaussian_potential(
     '-4.26 and -4.26'
   """
   check_clouds(query, key, query_weights, key_weights)
-  for name, given, known in (
-    ("covariances", covariances, Covariances),
-    ("side", side, Side),
-  ):
-    if given not in get_args(known):
-      raise ValueError(f"{name}={given!r}: expected one of {get_args(known)}")
-  if rank < 1:
-    raise ValueError(f"rank={rank}: expected at least one direction")
+  check_covariances(covariances, rank)
+  if side not in get_args(Side):
+    raise ValueError(f"side={side!r}: expected one of {get_args(Side)}")
   if side == "key":
     query, key, query_weights, key_weights = key, query, key_weights, query_weights
   clouds = clouds_of(query, key, query_weights, key_weights)
@@ -118,6 +113,16 @@ def gaussian_potential(
   # The mean query's share is left out: a constant, which may be large.
   f = -row_sums_of(x * (clouds.mean_y + 0.5 * moved)) - 0.5 * inside
   return zero_invalid(f, clouds.x_weights)
+
+
+def check_covariances(covariances: str, rank: int) -> None:
+  """Raises ValueError unless these are covariances, and a rank of some."""
+  if covariances not in get_args(Covariances):
+    raise ValueError(
+      f"covariances={covariances!r}: expected one of {get_args(Covariances)}"
+    )
+  if rank < 1:
+    raise ValueError(f"rank={rank}: expected at least one direction")
 
 
 class Clouds(NamedTuple):

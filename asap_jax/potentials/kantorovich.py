@@ -83,9 +83,14 @@ def kantorovich_potentials(
     `Potentials`, in the order of the inputs, at least float32.
 
   Raises:
-    ValueError: if weights do not fit the points, if `cost` is unknown, or if n * m
+    ValueError: if points or weights do not fit, if `cost` is unknown, or if n * m
       exceeds 2^31, but where n = m and there are no weights.
   """
+  if min(x.ndim, y.ndim) < 1 or x.shape[:-1] != y.shape[:-1]:
+    raise ValueError(
+      f"x {x.shape} and y {y.shape}: expected [..., n] and [..., m], with equal batch "
+      "axes"
+    )
   n, m = x.shape[-1], y.shape[-1]
   check_weights("x_weights", x_weights, n)
   check_weights("y_weights", y_weights, m)
@@ -143,12 +148,12 @@ def sliced_potentials(
     ValueError: if the head dimensions of the arguments differ, or the weights do not
       fit.
   """
-  dims = {query.shape[-1], key.shape[-1], directions.shape[-1]}
-  if len(dims) > 1:
-    raise ValueError(
-      f"query {query.shape}, key {key.shape} and directions {directions.shape}: "
-      "expected the same last dimension"
-    )
+  arrays = query, key, directions
+  shapes = f"query {query.shape}, key {key.shape} and directions {directions.shape}"
+  if min(array.ndim for array in arrays) < 2:
+    raise ValueError(f"{shapes}: expected [..., length, dim] for each")
+  if len({array.shape[-1] for array in arrays}) > 1:
+    raise ValueError(f"{shapes}: expected the same last dimension")
   check_weights("query_weights", query_weights, query.shape[-2])
   check_weights("key_weights", key_weights, key.shape[-2])
   product = narrow_einsum if directions.shape[-2] <= _FEW_SLICES else exact_einsum

@@ -15,7 +15,7 @@ $\rho = \sqrt{1 + k^2} - k$ and $k = \epsilon / (2 s t)$ (it follows from Janati
 Form"), so every slice is shrunk by its $\rho$. The bases are our choice.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,12 @@ class PairedBases(NamedTuple):
 
   query: Float[Array, "... slices dim"]
   key: Float[Array, "... slices dim"]
+
+
+def check_slicing(name: str, kind: str) -> None:
+  """Raises ValueError unless slices of this kind are known."""
+  if kind not in get_args(Slicing):
+    raise ValueError(f"{name}={kind!r}: expected one of {get_args(Slicing)}")
 
 
 def paired_bases(
@@ -71,8 +77,7 @@ def paired_bases(
     ValueError: if weights do not fit, or `kind` is unknown.
   """
   check_clouds(query, key, query_weights, key_weights)
-  if kind not in ("canonical", "principal"):
-    raise ValueError(f"kind={kind!r}: expected 'canonical' or 'principal'")
+  check_slicing("kind", kind)
   of_query = _covariance(query, query_weights)
   of_key = _covariance(key, key_weights)
   if kind == "principal":

@@ -15,8 +15,13 @@ from ott.problems.linear import linear_problem
 
 from asap_jax.dual_map.predict import DualMap, predict_dual
 from asap_jax.masses import centre, zero_invalid
-from asap_jax.potentials.gaussian import RANK, Covariances, gaussian_potential
-from asap_jax.potentials.summed import Slicing, sliced_start
+from asap_jax.potentials.gaussian import (
+  RANK,
+  Covariances,
+  check_covariances,
+  gaussian_potential,
+)
+from asap_jax.potentials.summed import Slicing, check_slicing, sliced_start
 
 
 class _CloudInitializer(initializers.DefaultInitializer, abc.ABC):
@@ -83,12 +88,13 @@ class GaussianDualInitializer(_CloudInitializer):
     rank: likewise.
 
   Raises:
-    ValueError: when called, if the geometry is no point cloud of such a cost, or as
-      `asap_jax.gaussian_potential`.
+    ValueError: if the covariances are unknown or there is no `rank`; when called, if
+      the geometry is no point cloud of such a cost.
   """
 
   def __init__(self, covariances: Covariances = "full", rank: int = RANK):
     super().__init__()
+    check_covariances(covariances, rank)
     self.covariances, self.rank = covariances, rank
 
   def dual(self, query, key, a, b):
@@ -127,8 +133,8 @@ class SlicedDualInitializer(_CloudInitializer):
     entropic: as in `sliced_start`; unused with a `dual_map`.
 
   Raises:
-    ValueError: if `dual_map` has several heads or predicts g; when called, if the
-      geometry is no point cloud of such a cost.
+    ValueError: if `dual_map` has several heads or predicts g, or `slices` are unknown;
+      when called, if the geometry is no point cloud of such a cost.
   """
 
   def __init__(
@@ -145,6 +151,8 @@ class SlicedDualInitializer(_CloudInitializer):
       raise ValueError(f"dual_map has {heads} heads: expected one")
     if getattr(dual_map, "side", "query") != "query":
       raise ValueError("dual_map predicts the key side's dual: expected the query's")
+    if isinstance(slices, str):
+      check_slicing("slices", slices)
     self.dual_map, self.slices, self.entropic = dual_map, slices, entropic
 
   def dual(self, query, key, a, b):

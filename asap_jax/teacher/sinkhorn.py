@@ -17,6 +17,7 @@ from asap_jax.c_transform.iterates import scaled_iterates
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.masses import (
   Masses,
+  check_dual,
   check_weights,
   normalised,
   valid,
@@ -52,7 +53,8 @@ def sinkhorn_duals(
     exact, all remaining error is in its columns.
 
   Raises:
-    ValueError: if `iterations` is below one or the weights do not fit the logits.
+    ValueError: if `iterations` is below one, or weights or `init` do not fit the
+      logits.
 
   Example:
     >>> duals = sinkhorn_duals(jnp.zeros((3, 3)), 20)
@@ -64,6 +66,8 @@ def sinkhorn_duals(
   n, m = logits.shape[-2:]
   check_weights("query_weights", query_weights, n)
   check_weights("key_weights", key_weights, m)
+  if init is not None:
+    check_dual("init", init, n)
   batch = logits.shape[:-2]
   dtype = float_dtype(logits)
   pairs = valid_pairs(query_weights, key_weights)

@@ -17,6 +17,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,9 +98,9 @@ def new_version(path: pathlib.Path) -> Iterator[pathlib.Path]:
   finally:
     try:
       if not _is_named(version):
-        shutil.rmtree(version, ignore_errors=True)
+        _remove(version)
       if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
     finally:
       _let_go(held)
 
@@ -182,6 +183,15 @@ def _clear(version: pathlib.Path, *, whatever: bool = False) -> None:
       shutil.rmtree(version, ignore_errors=True)
   finally:
     _let_go(held)
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """Removes what this process wrote; Orbax may write on where it failed."""
+  for _ in range(_TRIES):
+    if not folder.exists():
+      return
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.05)
 
 
 def _versions(home: pathlib.Path) -> list[pathlib.Path]:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import asap_jax
@@ -65,8 +66,54 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       raise ValueError(f"{altered}: its field {field!r} is no {kind.__name__}")
   if written > OLDEST and not is_version(manifest["folder"]):
     raise ValueError(f"{altered}: its field 'folder' names no version")
+  for field, is_right in _CONTENT.items():
+    if not is_right(manifest.get(field)):
+      raise ValueError(f"{altered}: its field {field!r} holds something else")
   manifest.setdefault("folder", "")
   return manifest
+
+
+def _all(of: Any, is_right: Callable[[Any], bool]) -> bool:
+  return of is None or all(map(is_right, of.values() if isinstance(of, dict) else of))
+
+
+def _is_array(each: Any) -> bool:
+  return (
+    isinstance(each, list)
+    and len(each) == 2
+    and isinstance(each[0], list)
+    and all(type(size) is int and size >= 0 for size in each[0])
+    and isinstance(each[1], str)
+  )
+
+
+def _is_site(each: Any) -> bool:
+  return (
+    isinstance(each, dict)
+    and isinstance(each.get("path"), list)
+    and isinstance(each.get("attribute"), str | int)
+    and isinstance(each.get("options"), dict)
+    and isinstance(each.get("record", {}), dict)
+  )
+
+
+def _is_mode(each: Any) -> bool:
+  return isinstance(each, list) and [type(part) for part in each] == [list, str, bool]
+
+
+# Under a right digest they are as somebody else wrote them.
+_CONTENT: dict[str, Callable[[Any], bool]] = {
+  "sites": lambda of: _all(of, _is_site),
+  "arrays": lambda of: _all(of, _is_array),
+  "keys": lambda of: _all(of, lambda each: isinstance(each, str)),
+  "files": lambda of: _all(of, lambda each: isinstance(each, str)),
+  "host": lambda of: _all(of, lambda each: each in ("array", "number")),
+  "values": lambda of: _all(
+    of, lambda each: isinstance(each, bool | int | float | str)
+  ),
+  "modes": lambda of: _all(of, _is_mode),
+  "device": lambda of: of is None or isinstance(of, str),
+}
 
 
 def _unreadable(path: pathlib.Path, manifest: dict[str, Any]) -> str:

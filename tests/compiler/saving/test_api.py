@@ -14,7 +14,7 @@ from helpers.pages import ROOT
 
 import asap_jax
 from asap_jax import AsapAttention, DualMap, load, save, sinkhorn_attention
-from asap_jax.compiler.saving import api as saving
+from asap_jax.compiler.saving import restoring
 from asap_jax.compiler.sites import find_sinkhorn, replace_sites
 
 DIM = models.WIDTH // models.HEADS
@@ -350,7 +350,7 @@ def test_a_model_from_another_kind_of_device_is_loaded_with_a_warning(
 ):
   load(saved, models.toy())
   assert not [w for w in recwarn if "was compiled on" in str(w.message)]
-  monkeypatch.setattr(saving, "device_kind", lambda: "TPU v5 lite")
+  monkeypatch.setattr(restoring, "device_kind", lambda: "TPU v5 lite")
   with pytest.warns(UserWarning, match="was compiled on cpu, and this is TPU v5 lite"):
     restored = load(saved, models.toy())
   models.assert_same_state(restored, compiled())

@@ -47,7 +47,9 @@ def killed_at(step):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(folders, "os", of_os)
     patch.setattr(folders, "shutil", types.SimpleNamespace(rmtree=rmtree))
-    patch.setattr(folders, "publish", counted(folders.publish))
+    for name in ("publish", "clear_litter"):
+      patch.setattr(folders, name, counted(getattr(folders, name)))
+    patch.setattr(folders.time, "sleep", lambda seconds: None)
     try:
       yield
     except Killed:
@@ -208,6 +210,24 @@ def test_a_full_disk_is_one_short_error(tmp_path, monkeypatch, error):
   with pytest.raises(OSError, match="No space left on device") as raised:
     save(tmp_path / "model", compiled())
   assert len(str(raised.value)) < 300
+  assert entries(tmp_path) == []
+
+
+def test_what_orbax_writes_after_it_failed_is_removed_too(tmp_path, monkeypatch):
+  own = shutil.rmtree
+
+  def rmtree(folder, **options):
+    monkeypatch.setattr(shutil, "rmtree", own)
+    own(folder, **options)
+    (folder / "arrays").mkdir(parents=True)
+
+  def fail(folder, written):
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(arrays, "write", fail)
+  with pytest.raises(OSError, match="No space left"):
+    save(tmp_path / "model", compiled())
   assert entries(tmp_path) == []
 
 
