@@ -24,6 +24,7 @@ from asap_jax.masses import (
   zero_invalid,
 )
 from asap_jax.numerics import float_dtype
+from asap_jax.sizes import as_number
 
 # Log 0 everywhere in this package: finite, so that gradients of masked entries are zero
 # and not NaN.
@@ -331,7 +332,7 @@ def column_sums(
   """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
   mask = valid(query_weights)
   if mask is None:
-    return normalised(key_weights, m) * float(n)
+    return normalised(key_weights, m) * as_number(n)
   return normalised(key_weights, m) * mask.sum(-1, keepdims=True).astype(jnp.float32)
 
 

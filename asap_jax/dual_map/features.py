@@ -42,6 +42,7 @@ from asap_jax.potentials.gaussian import (
   low_rank_form,
 )
 from asap_jax.potentials.kantorovich import sliced_potentials
+from asap_jax.sizes import at_most
 
 KINDS = (
   "potentials",
@@ -227,7 +228,7 @@ def _cumulants(
   mass = normalised(key_weights, key.shape[-2])
   first = narrow_einsum("...nd,...md->...nm", query, mean(key, key_weights, axis=-2))
   centred = centre(key, key_weights, axis=-2)
-  if key.shape[-2] <= 2 * key.shape[-1]:
+  if at_most(key.shape[-2], 2 * key.shape[-1]):
     # Few keys need no covariance. With roots of the masses nothing stands between the
     # product and its squares: at 128 tokens on a CPU the operator takes 8 % less.
     deviations = centred * jnp.sqrt(mass)[..., None]

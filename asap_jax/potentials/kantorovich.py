@@ -24,6 +24,7 @@ from asap_jax import masses
 from asap_jax.masses import Masses, check_weights, zero_invalid
 from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum
 from asap_jax.potentials import on_accelerators, on_cpu
+from asap_jax.sizes import at_most
 
 # Up to so many a TPU projects by products and sums.
 _FEW_SLICES = 8
@@ -92,7 +93,7 @@ def kantorovich_potentials(
   if cost not in ("product", "squared"):
     raise ValueError(f"cost={cost!r}: expected 'product' or 'squared'")
   one_to_one = n == m and x_weights is None and y_weights is None
-  if n * m > 2**31 and not one_to_one:
+  if at_most(n * m, 2**31) is False and not one_to_one:
     raise ValueError(f"n * m = {n} * {m}: expected at most 2^31, for exact mass ratios")
   dtype = float_dtype(x, y)
   x, y = x.astype(dtype), y.astype(dtype)

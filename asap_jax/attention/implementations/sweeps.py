@@ -61,8 +61,9 @@ def in_chunks(array: Array, size: int, *, axis: int) -> Array:
   What the last one has too much is zero, as an absent query.
   """
   axis += array.ndim
-  surplus = -array.shape[axis] % size
-  array = jnp.pad(array, [(0, surplus * (i == axis)) for i in range(array.ndim)])
+  surplus = -(-array.shape[axis] // size) * size - array.shape[axis]
+  edges = [(0, surplus if i == axis else 0, 0) for i in range(array.ndim)]
+  array = jax.lax.pad(array, jnp.zeros((), array.dtype), edges)
   split = array.reshape(*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
   return jnp.moveaxis(split, axis, 0)
 
