@@ -39,6 +39,7 @@ from asap_jax.potentials import (
   kantorovich_potentials,
   sliced_potentials,
 )
+from asap_jax.serving import export
 from asap_jax.teacher import sinkhorn_duals
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
   "compile_linen",
   "distil",
   "dual_loss",
+  "export",
   "fit",
   "gaussian_potential",
   "kantorovich_potentials",

@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# An integer, or a symbol of `jax.export`: no class of their own to check.
+Size = Any
 
-def is_known(*sizes: Any) -> bool:
+
+def is_known(*sizes: Size) -> bool:
   """Whether all sizes are numbers.
 
   Example:
@@ -21,7 +24,7 @@ def is_known(*sizes: Any) -> bool:
   return not any(map(jax.export.is_symbolic_dim, sizes))
 
 
-def at_most(size: Any, most: Any) -> bool | None:
+def at_most(size: Size, most: Size) -> bool | None:
   """Whether a size is up to another; `None` where nobody knows.
 
   Example:
@@ -38,17 +41,17 @@ def at_most(size: Any, most: Any) -> bool | None:
     return None
 
 
-def known_or(size: Any, usual: int) -> int:
+def known_or(size: Size, usual: int) -> int:
   """The size, or what it is taken for where nobody knows it."""
   return int(size) if is_known(size) else usual
 
 
-def as_number(size: Any) -> Any:
+def as_number(size: Size) -> Any:
   """The size as a number to calculate with, an array where it is known only then."""
   return float(size) if is_known(size) else jnp.asarray(size, jnp.float32)
 
 
-def known_behind(shape: Sequence[Any]) -> Sequence[int]:
+def known_behind(shape: Sequence[Size]) -> Sequence[int]:
   """The sizes behind the last one that is not known.
 
   Example:

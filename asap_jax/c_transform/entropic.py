@@ -24,7 +24,7 @@ from asap_jax.masses import (
   zero_invalid,
 )
 from asap_jax.numerics import float_dtype
-from asap_jax.sizes import as_number
+from asap_jax.sizes import Size, as_number
 
 # Log 0 everywhere in this package: finite, so that gradients of masked entries are zero
 # and not NaN.
@@ -316,7 +316,7 @@ def check_logits(logits: Array, query_weights: Masses, key_weights: Masses) -> N
   check_weights("key_weights", key_weights, logits.shape[-1])
 
 
-def row_sums(query_weights: Masses, n: int) -> Float[Array, "... n"]:
+def row_sums(query_weights: Masses, n: Size) -> Float[Array, "... n"]:
   """Row sums r of the plan, `[..., n]`: n_valid times the masses of the queries."""
   if query_weights is None:
     return jnp.ones((n,), jnp.float32)
@@ -327,7 +327,7 @@ def row_sums(query_weights: Masses, n: int) -> Float[Array, "... n"]:
 
 
 def column_sums(
-  query_weights: Masses, key_weights: Masses, n: int, m: int
+  query_weights: Masses, key_weights: Masses, n: Size, m: Size
 ) -> Float[Array, "... m"]:
   """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
   mask = valid(query_weights)
@@ -337,7 +337,7 @@ def column_sums(
 
 
 def marginals(
-  query_weights: Masses, key_weights: Masses, shape: Sequence[int], dtype: jnp.dtype
+  query_weights: Masses, key_weights: Masses, shape: Sequence[Size], dtype: jnp.dtype
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch m"]]:
   """Row and column sums of plans of a shape `[batch..., n, m]`, of every element."""
   *batch, n, m = shape

@@ -13,7 +13,7 @@ from asap_jax import masses
 from asap_jax.masses import Masses
 from asap_jax.potentials import sorting
 from asap_jax.potentials.sorting import places_of, take
-from asap_jax.sizes import is_known
+from asap_jax.sizes import Size, is_known
 
 # Cumulative masses closer than this, of a total of one, count as equal: float32 sums
 # err by less. A jump that rounding hid would give one of its sides, not the midpoint.
@@ -93,7 +93,7 @@ def _describe(values: Array, order: Array, weights: Masses, exact: bool) -> _Sor
   return _Sorted(values, rank, count, jnp.cumsum(mass, axis=0))
 
 
-def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
+def _quantile(ys: _Sorted, xs: _Sorted, n: Size, *, halfway: bool) -> Array:
   """Q_y after each of the n points of x, or half-way through its mass: `[n, ...]`.
 
   Where that level is a jump of Q_y, the mean of both its sides.

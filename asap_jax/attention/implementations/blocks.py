@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from asap_jax.sizes import at_most, is_known, known_behind
+from asap_jax.sizes import Size, at_most, is_known, known_behind
 
 T = TypeVar("T")  # a pytree of arrays
 
@@ -27,7 +27,7 @@ def block_size(total: int, most: int) -> int:
 
 def by_blocks(
   function: Callable[..., T],
-  batch: Sequence[int],
+  batch: Sequence[Size],
   most: int,
   arguments: Sequence[Array | None],
   own: Sequence[int],
@@ -60,11 +60,11 @@ def by_blocks(
 
 def in_cache(
   function: Callable[..., T],
-  batch: Sequence[int],
-  pairs: int,
+  batch: Sequence[Size],
+  pairs: Size,
   arguments: Sequence[Array | None],
   own: Sequence[int],
-  most_pairs: int = _PAIRS,
+  most_pairs: Size = _PAIRS,
   *,
   elsewhere: Callable[..., T] | None = None,
 ) -> T:

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from asap_jax.attention.implementations.cudnn import fused_attention, unsupported
 from asap_jax.attention.implementations.cudnn_sums import head_dim
 from asap_jax.attention.inputs import Inputs
-from asap_jax.sizes import known_or
+from asap_jax.sizes import is_known, known_or
 
 Implementation = Literal["xla", "chunked", "cudnn"]
 Gradient = Literal["iterated", "streamed"]
@@ -183,6 +183,8 @@ def choose(
     return implementation
   platform = platform or _platform(query)
   reason = unsupported(query, key, value, bias, scale)
+  if not is_known(*query.shape, *key.shape):
+    reason = "sizes that are known only when it runs (those of `jax.export`)"
   if packed:
     reason = "packed sequences; pass implementation='chunked' or 'xla'"
   reason = reason or _no_cudnn(

@@ -28,7 +28,7 @@ from asap_jax.c_transform.entropic import (
 from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, Side, check_weights, zero_invalid
 from asap_jax.numerics import float_dtype, logits_einsum
-from asap_jax.sizes import at_most, is_known
+from asap_jax.sizes import Size, at_most, is_known
 
 # Scores computed at a time: on a CPU they stay in its cache; elsewhere 64 MiB of
 # float32 keep a device busy.
@@ -240,7 +240,7 @@ def _segments(query: Array | None, key: Array | None) -> Segments | None:
 
 
 def _by_chunks(
-  function: Callable[[Array, Array], Array], points: Array, others: int, *, budget: int
+  function: Callable[[Array, Array], Array], points: Array, others: Size, *, budget: int
 ) -> Array:
   """`function` of points `[..., size, dim]` and their positions, a chunk at a time.
 

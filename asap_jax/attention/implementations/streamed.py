@@ -27,7 +27,7 @@ from asap_jax.c_transform.iterates import Iterates
 from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, zero_invalid
 from asap_jax.numerics import float_dtype, with_usual_promotion
-from asap_jax.sizes import is_known, known_behind
+from asap_jax.sizes import Size, is_known, known_behind
 
 T = TypeVar("T")  # a pytree of arrays
 
@@ -197,7 +197,7 @@ def _problem(chunk, query, key, a, b, query_segments, key_segments):
   return Problem(queries, key, in_chunks(a, chunk, axis=-1), b, key_segments)
 
 
-def _by_iteration(function: Callable[..., Array], duals: Array, size: int) -> Array:
+def _by_iteration(function: Callable[..., Array], duals: Array, size: Size) -> Array:
   return jax.vmap(lambda dual: function(dual, size, axis=-1))(duals)
 
 

@@ -19,6 +19,7 @@ from asap_jax.c_transform.half_closure import sums_in_range
 from asap_jax.c_transform.iterates import Iterates, column_shift
 from asap_jax.c_transform.segments import Segments
 from asap_jax.numerics import exact_einsum, logits_einsum
+from asap_jax.sizes import Size
 from asap_jax.teacher.gradient import by_domain, divide
 
 
@@ -55,7 +56,7 @@ class Problem(NamedTuple):
   key_segments: Array | None = None
 
 
-def in_chunks(array: Array, size: int, *, axis: int) -> Array:
+def in_chunks(array: Array, size: Size, *, axis: int) -> Array:
   """Chunks of an axis (negative) in front, `[chunks, ..., size, ...]`.
 
   What the last one has too much is zero, as an absent query.
@@ -68,7 +69,7 @@ def in_chunks(array: Array, size: int, *, axis: int) -> Array:
   return jnp.moveaxis(split, axis, 0)
 
 
-def joined(chunks: Array, length: int, *, axis: int) -> Array:
+def joined(chunks: Array, length: Size, *, axis: int) -> Array:
   """`in_chunks`, undone."""
   axis += chunks.ndim - 1
   array = jnp.moveaxis(chunks, 0, axis)
