@@ -34,7 +34,7 @@ from asap_jax.masses import (
   normalised,
   zero_invalid,
 )
-from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum
+from asap_jax.numerics import exact_einsum, float_dtype, for_each, narrow_einsum
 from asap_jax.potentials.directions import normalise
 from asap_jax.potentials.gaussian import (
   clouds_of,
@@ -212,8 +212,7 @@ def times(inputs: Array, kernel: Array) -> Array:
   """inputs kernel, `[..., n, width]`, of inputs `[..., n, inputs]`."""
   if kernel.shape[-2] == 1:  # no product of matrices: XLA fuses it with anything
     return inputs * kernel
-  # A kernel for all of the batch: with one for a head, XLA would transpose the inputs.
-  kernel = jnp.broadcast_to(kernel, (*inputs.shape[:-2], *kernel.shape[-2:]))
+  kernel = for_each(inputs.shape[:-2], kernel)
   return exact_einsum("...np,...pw->...nw", inputs, kernel)
 
 

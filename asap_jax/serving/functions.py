@@ -37,10 +37,13 @@ def described(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
   return jax.tree_util.tree_map_with_path(one, arguments)
 
 
-def function_of(model: Any, call: Call | None) -> Callable[..., Any]:
+def function_of(
+  model: Any, call: Call | None, *, as_numpy: bool = False
+) -> Callable[..., Any]:
   """A model's forward pass in evaluation mode; a function is what it is.
 
-  The model's arrays become constants of the function, on no device in particular.
+  The model's arrays become constants of the function, on no device in particular;
+  `as_numpy` leaves them NumPy's, so that what is made of them alone is no operation.
 
   Raises:
     ValueError: if `model` cannot be called.
@@ -65,7 +68,8 @@ def function_of(model: Any, call: Call | None) -> Callable[..., Any]:
   state = jax.tree.map(_on_host, state)
 
   def run(*arguments: Any) -> Any:
-    merged: Any = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+    own = state if as_numpy else jax.tree.map(jnp.asarray, state)
+    merged: Any = nnx.merge(graph, own)
     return merged(*arguments) if call is None else call(merged, *arguments)
 
   return run

@@ -172,7 +172,7 @@ def test_a_size_that_the_model_knows_cannot_be_open():
 
 
 def test_faults_of_the_model_are_its_own():
-  with pytest.raises((TypeError, ValueError), match="(?i)incompatible shapes"):
+  with pytest.raises((TypeError, ValueError), match=r"(?i)incompatible shapes"):
     export(lambda x: x + jnp.ones(5), jnp.ones((2, 3)))
 
 
