@@ -64,6 +64,9 @@ def function_of(
     return lambda *arguments: call(model, *arguments)
   evaluated = nnx.clone(model)
   evaluated.eval()
+  for _, module in nnx.iter_modules(evaluated):
+    if as_numpy and type(module) is nnx.Dropout:
+      module.__class__ = _Kept
   graph, state = nnx.split(evaluated)
   state = jax.tree.map(_on_host, state)
 
@@ -73,6 +76,13 @@ def function_of(
     return merged(*arguments) if call is None else call(merged, *arguments)
 
   return run
+
+
+class _Kept(nnx.Dropout):
+  """Dropout in evaluation mode; jax2onnx takes fewer arguments than Flax does."""
+
+  def __call__(self, inputs: Any, *_: Any, **__: Any) -> Any:
+    return inputs
 
 
 def _on_host(array: Any) -> Any:
