@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from asap_jax import AsapAttention, DualMap, sinkhorn_attention
+from asap_jax import AsapAttention, DualMap, sinkhorn_attention, softmax_attention
 from asap_jax.dual_map.features import feature_count
 from asap_jax.dual_map.network import init_network
 
@@ -74,8 +74,21 @@ def compiled(*features, **options):
 
 
 ATTENTION = {
+  "softmax": lambda: softmax_attention,
   "sliced": compiled(*SLICED),
+  "network": compiled(*SLICED, hidden=4),
+  "linear": compiled(*LINEAR),
+  "linear@3": compiled(*LINEAR, closures=3),
+  "low rank": compiled(*LINEAR, "gaussian"),
+  "keys": compiled(*LINEAR, side="key"),
+  "half": compiled(*LINEAR, side="key", half=True),
   "teacher": sinkhorn(iterations=20),
+  "by OTT": sinkhorn(iterations=3, implementation="ott"),
+  "cut": sinkhorn(iterations=3),
+  "relaxed": sinkhorn(iterations=3, relaxation=1.5),
+  "stopped": sinkhorn(iterations=5, tolerance=0.05),
+  "gaussian": sinkhorn(iterations=2, start="gaussian"),
+  "half, gaussian": sinkhorn(iterations=0, start="gaussian_full"),
 }
 
 
