@@ -42,6 +42,7 @@ from asap_jax.potentials import (
   kantorovich_potentials,
   sliced_potentials,
 )
+from asap_jax.serving import export, export_onnx
 from asap_jax.teacher import sinkhorn_duals
 
 __version__ = "0.1.0"
@@ -69,6 +70,8 @@ __all__ = [
   "diagnose",
   "distil",
   "dual_loss",
+  "export",
+  "export_onnx",
   "fit",
   "gaussian_potential",
   "kantorovich_potentials",

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from asap_jax.numerics import float_dtype
+from asap_jax.sizes import Size
 
 Masses = Float[Array, "..."] | Bool[Array, "..."] | None
 # Of a plan: rows are queries, columns keys.
 Side = Literal["query", "key"]
 
 
-def check_weights(name: str, weights: Masses, size: int) -> None:
+def check_weights(name: str, weights: Masses, size: Size) -> None:
   """Raises ValueError unless `weights` is `None`, boolean or float `[..., size]`."""
   if weights is None:
     return
@@ -72,7 +73,7 @@ def by_slice(*weights: Masses) -> list[Masses]:
   return [w if w is None else w[..., None, :] for w in weights]
 
 
-def normalised(weights: Masses, size: int) -> Float[Array, "... n"]:
+def normalised(weights: Masses, size: Size) -> Float[Array, "... n"]:
   """Masses `[..., size]` that sum to one (to zero where no point is valid)."""
   if weights is None:
     return jnp.full((size,), 1.0 / max(size, 1), jnp.float32)

@@ -1,12 +1,15 @@
 """Arithmetic that must not be rounded: dtypes, promotion and products."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from asap_jax.platforms import by_platform
+from asap_jax.sizes import Size
 
 T = TypeVar("T")
 
@@ -60,12 +63,63 @@ def exact_einsum(subscripts: str, *operands: Array) -> Array:
   By default a GPU rounds float32 products to TF32 and a TPU to bfloat16: too coarse for
   values that are sorted, inverted or exponentiated.
   """
-  return jnp.einsum(
-    subscripts,
-    *operands,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=float_dtype(*operands),
+
+  def product(*operands):
+    return jnp.einsum(
+      subscripts,
+      *operands,
+      precision=jax.lax.Precision.HIGHEST,
+      preferred_element_type=float_dtype(*operands),
+    )
+
+  matmul = functools.partial(as_matmul, subscripts)
+  return by_platform(*operands, default=product, onnx=matmul)
+
+
+def for_each(batch: Sequence[Size], array: Array) -> Array:
+  """An operand of a product, `[..., a, b]`, for each element of the other's batch.
+
+  With one for all of the batch XLA transposes the other operand; ONNX's products of
+  matrices broadcast by themselves.
+  """
+  return by_platform(
+    array,
+    default=lambda array: jnp.broadcast_to(array, (*batch, *array.shape[-2:])),
+    onnx=lambda array: array,
   )
+
+
+def as_matmul(subscripts: str, left: Array, right: Array) -> Array:
+  """An einsum that is a product of stacks of matrices or vectors, as `jnp.matmul`.
+
+  ONNX Runtime has products of matrices by themselves; its einsum is slower, and does
+  not broadcast.
+
+  Args:
+    subscripts: with one letter that is summed over, such as `"...nd,...d->...n"`.
+    left: its axes in whatever order.
+    right: likewise.
+  """
+  inputs, result = subscripts.replace("...", "").split("->")
+  of_left, of_right = inputs.split(",")
+  (summed,) = set(of_left) & set(of_right) - set(result)
+  shared = [name for name in of_left if name in of_right and name != summed]
+  rows = [name for name in of_left if name not in of_right]
+  columns = [name for name in of_right if name not in of_left]
+
+  def ordered(array: Array, own: str, wanted: list[str]) -> Array:
+    places = [own.index(name) - len(own) for name in wanted]
+    ends = range(-len(own), 0)
+    return array if places == list(ends) else jnp.moveaxis(array, places, list(ends))
+
+  left = ordered(left, of_left, [*shared, *rows, summed])
+  right = ordered(right, of_right, [*shared, summed, *columns])
+  left = left if rows else left[..., None, :]
+  right = right if columns else right[..., None]
+  out = jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+  out = out if columns else out[..., 0]
+  out = out if rows else (out[..., 0, :] if columns else out[..., 0])
+  return ordered(out, "".join([*shared, *rows, *columns]), list(result))
 
 
 def narrow_einsum(subscripts: str, left: Array, right: Array) -> Array:
@@ -79,7 +133,7 @@ def narrow_einsum(subscripts: str, left: Array, right: Array) -> Array:
     left: `[..., a, b]`.
     right: likewise, broadcast against it.
   """
-  return jax.lax.platform_dependent(
+  return by_platform(
     left,
     right,
     tpu=functools.partial(multiplied_and_summed, subscripts),
@@ -137,4 +191,4 @@ def repeated(
       each = step(*each)
     return each
 
-  return jax.lax.platform_dependent(*start, tpu=loop, default=written_out)
+  return by_platform(*start, tpu=loop, default=written_out)

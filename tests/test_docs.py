@@ -23,7 +23,9 @@ def hook(name):
 
 docstrings = hook("docstrings")
 
-WITH_CODE = [page for page in PAGES if examples(page) and page.name != "README.md"]
+# The scripts of the page on serving are run by themselves (tests/serving).
+ELSEWHERE = ("README", "serving")
+WITH_CODE = [page for page in PAGES if examples(page) and page.stem not in ELSEWHERE]
 
 
 LONG = ("compiler", "teacher")

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from asap_jax.c_transform.segments import by_segment
 from asap_jax.masses import Side, valid_pairs
 from asap_jax.numerics import logits_einsum
+from asap_jax.sizes import Size
 from asap_jax.teacher.starts import Start, starting_dual
 
 
@@ -278,7 +279,7 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
     )
 
 
-def check_broadcast(name: str, array: Array, expected: tuple[int, ...]) -> None:
+def check_broadcast(name: str, array: Array, expected: tuple[Size, ...]) -> None:
   """Raises ValueError unless an array broadcasts to the pairs of all heads."""
   fits = array.ndim <= len(expected) and all(
     own in (1, wanted)

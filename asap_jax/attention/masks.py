@@ -14,6 +14,7 @@ from jaxtyping import Array
 from asap_jax.attention.inputs import Inputs, check_broadcast
 from asap_jax.c_transform.segments import Segments, segments_of
 from asap_jax.masses import zero_invalid
+from asap_jax.sizes import Size
 
 # Of packed sequences, of queries and keys alike, or of each.
 Ids = Array | tuple[Array, ...]
@@ -191,7 +192,7 @@ def _check_mask(mask: Array, inputs: Inputs) -> None:
     )
 
 
-def _split_mask(mask: Array, n: int, m: int) -> tuple[Array, Array, Array | None]:
+def _split_mask(mask: Array, n: Size, m: Size) -> tuple[Array, Array, Array | None]:
   """Valid queries, valid keys, and whether the mask is their outer product."""
   if mask.ndim < 3 or mask.shape[-2] not in (1, n) or mask.shape[-1] not in (1, m):
     raise ValueError(

@@ -25,6 +25,7 @@ from asap_jax.masses import (
   zero_invalid,
 )
 from asap_jax.numerics import float_dtype
+from asap_jax.sizes import Size, as_number
 
 # Log 0 everywhere in this package: finite, so that gradients of masked entries are zero
 # and not NaN.
@@ -321,7 +322,7 @@ def check_logits(logits: Array, query_weights: Masses, key_weights: Masses) -> N
   check_weights("key_weights", key_weights, logits.shape[-1])
 
 
-def row_sums(query_weights: Masses, n: int) -> Float[Array, "... n"]:
+def row_sums(query_weights: Masses, n: Size) -> Float[Array, "... n"]:
   """Row sums r of the plan, `[..., n]`: n_valid times the masses of the queries."""
   if query_weights is None:
     return jnp.ones((n,), jnp.float32)
@@ -332,17 +333,17 @@ def row_sums(query_weights: Masses, n: int) -> Float[Array, "... n"]:
 
 
 def column_sums(
-  query_weights: Masses, key_weights: Masses, n: int, m: int
+  query_weights: Masses, key_weights: Masses, n: Size, m: Size
 ) -> Float[Array, "... m"]:
   """Column sums c of the plan, `[..., m]`: n_valid times the masses of the keys."""
   mask = valid(query_weights)
   if mask is None:
-    return normalised(key_weights, m) * float(n)
+    return normalised(key_weights, m) * as_number(n)
   return normalised(key_weights, m) * mask.sum(-1, keepdims=True).astype(jnp.float32)
 
 
 def marginals(
-  query_weights: Masses, key_weights: Masses, shape: Sequence[int], dtype: jnp.dtype
+  query_weights: Masses, key_weights: Masses, shape: Sequence[Size], dtype: jnp.dtype
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch m"]]:
   """Row and column sums of plans of a shape `[batch..., n, m]`, of every element."""
   *batch, n, m = shape

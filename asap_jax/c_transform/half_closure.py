@@ -15,6 +15,7 @@ from jaxtyping import Array
 from asap_jax.c_transform.entropic import LOG_ZERO, column_sums, row_sums
 from asap_jax.masses import Masses, Side, zero_invalid
 from asap_jax.numerics import exact_einsum, float_dtype
+from asap_jax.sizes import Size
 
 T = TypeVar("T")  # a pytree of arrays
 
@@ -193,7 +194,7 @@ def _absorb(logits, dual, absent, axis):
   return kernel, kernel.sum(axis), -largest.squeeze(axis)
 
 
-def sums_in_range(sums: Array, scaling: Array, marginal: Array, size: int) -> Array:
+def sums_in_range(sums: Array, scaling: Array, marginal: Array, size: Size) -> Array:
   """Whether no sum over `size` points has lost anything that counts."""
   # What is lost is below the smallest number, or below its product with a scaling.
   lost = jnp.finfo(sums.dtype).tiny * size

@@ -34,7 +34,7 @@ from asap_jax.masses import (
   normalised,
   zero_invalid,
 )
-from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum
+from asap_jax.numerics import exact_einsum, float_dtype, for_each, narrow_einsum
 from asap_jax.potentials.directions import normalise
 from asap_jax.potentials.gaussian import (
   clouds_of,
@@ -42,6 +42,7 @@ from asap_jax.potentials.gaussian import (
   low_rank_form,
 )
 from asap_jax.potentials.kantorovich import sliced_potentials
+from asap_jax.sizes import at_most
 
 KINDS = (
   "potentials",
@@ -211,8 +212,7 @@ def times(inputs: Array, kernel: Array) -> Array:
   """inputs kernel, `[..., n, width]`, of inputs `[..., n, inputs]`."""
   if kernel.shape[-2] == 1:  # no product of matrices: XLA fuses it with anything
     return inputs * kernel
-  # A kernel for all of the batch: with one for a head, XLA would transpose the inputs.
-  kernel = jnp.broadcast_to(kernel, (*inputs.shape[:-2], *kernel.shape[-2:]))
+  kernel = for_each(inputs.shape[:-2], kernel)
   return exact_einsum("...np,...pw->...nw", inputs, kernel)
 
 
@@ -227,7 +227,7 @@ def _cumulants(
   mass = normalised(key_weights, key.shape[-2])
   first = narrow_einsum("...nd,...md->...nm", query, mean(key, key_weights, axis=-2))
   centred = centre(key, key_weights, axis=-2)
-  if key.shape[-2] <= 2 * key.shape[-1]:
+  if at_most(key.shape[-2], 2 * key.shape[-1]):
     # Few keys need no covariance. With roots of the masses nothing stands between the
     # product and its squares: at 128 tokens on a CPU the operator takes 8 % less.
     deviations = centred * jnp.sqrt(mass)[..., None]

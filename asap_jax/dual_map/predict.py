@@ -29,6 +29,7 @@ from asap_jax.potentials.gaussian import (
   low_rank_form,
   row_sums_of,
 )
+from asap_jax.sizes import at_most
 
 
 class Steps(TypedDict):
@@ -215,7 +216,7 @@ def linear_dual(
 
 def _spread(query: Array, key: Array, key_weights: Masses, products: Array) -> Array:
   """Second cumulant of each query's products, `[..., n]`."""
-  if key.shape[-2] > 2 * key.shape[-1]:
+  if not at_most(key.shape[-2], 2 * key.shape[-1]):
     # Two products with a covariance take less than three passes over all pairs.
     return spread(query, key, key_weights)
   by_key = None if key_weights is None else key_weights[..., None, :]

@@ -34,7 +34,14 @@ from asap_jax.masses import (
   normalised,
   zero_invalid,
 )
-from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum, repeated
+from asap_jax.numerics import (
+  exact_einsum,
+  float_dtype,
+  for_each,
+  narrow_einsum,
+  repeated,
+)
+from asap_jax.platforms import by_platform
 
 Covariances = Literal["diagonal", "low_rank", "full"]
 RANK = 4
@@ -302,10 +309,15 @@ def _product(left: Array, right: Array) -> Array:
   4 x 4 take all of `_coefficients` 0.3 instead of 3.3 ms.
   """
   size = left.shape[-1]
+  matrices = functools.partial(exact_einsum, "...ij,...jk->...ik")
   if size > 2 * RANK:
-    return exact_einsum("...ij,...jk->...ik", left, right)
-  terms = [left[..., :, k, None] * right[..., None, k, :] for k in range(size)]
-  return functools.reduce(operator.add, terms)
+    return matrices(left, right)
+
+  def outer(left, right):
+    terms = [left[..., :, k, None] * right[..., None, k, :] for k in range(size)]
+    return functools.reduce(operator.add, terms)
+
+  return by_platform(left, right, default=outer, onnx=matrices)
 
 
 def _along(basis: Array, points: Array, middle: Array) -> Array:
@@ -320,8 +332,7 @@ def _times_covariance(
   vectors: Array, points: Array, middle: Array, weights: Masses
 ) -> Float[Array, "*batch rank dim"]:
   """Vectors `[..., rank, dim]` times a covariance, up to their size."""
-  # For all of the batch: with one for all heads, XLA would transpose the points.
-  vectors = jnp.broadcast_to(vectors, (*points.shape[:-2], *vectors.shape[-2:]))
+  vectors = for_each(points.shape[:-2], vectors)
   moved = _weighted_sums(_along(vectors, points, middle), points, weights)
   largest = jnp.abs(jax.lax.stop_gradient(moved)).max((-2, -1), keepdims=True)
   return moved / jnp.where(largest > 0, largest, 1.0)

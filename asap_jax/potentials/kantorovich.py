@@ -11,19 +11,20 @@ Where $u_i$ falls on a jump of $Q_y$, any value between its two sides is optimal
 sides take the midpoint: with it $\phi + \psi = c$ holds wherever mass is coupled.
 
 How that is computed depends on the device: a CPU sorts fast by networks and looks up
-(`on_cpu`), accelerators sort only and look nothing up (`on_accelerators`).
+(`on_cpu`), accelerators sort only and look nothing up (`on_accelerators`), ONNX has no
+loops that data end (`on_onnx`).
 """
 
 from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from asap_jax import masses
 from asap_jax.masses import Masses, check_weights, zero_invalid
-from asap_jax.numerics import exact_einsum, float_dtype, narrow_einsum
-from asap_jax.potentials import on_accelerators, on_cpu
+from asap_jax.numerics import exact_einsum, float_dtype, for_each, narrow_einsum
+from asap_jax.platforms import by_platform
+from asap_jax.potentials import on_accelerators, on_cpu, on_onnx
+from asap_jax.sizes import at_most
 
 # Up to so many a TPU projects by products and sums.
 _FEW_SLICES = 8
@@ -97,13 +98,14 @@ def kantorovich_potentials(
   if cost not in ("product", "squared"):
     raise ValueError(f"cost={cost!r}: expected 'product' or 'squared'")
   one_to_one = n == m and x_weights is None and y_weights is None
-  if n * m > 2**31 and not one_to_one:
+  if at_most(n * m, 2**31) is False and not one_to_one:
     raise ValueError(f"n * m = {n} * {m}: expected at most 2^31, for exact mass ratios")
   dtype = float_dtype(x, y)
   x, y = x.astype(dtype), y.astype(dtype)
-  phi, psi, transport = jax.lax.platform_dependent(
+  phi, psi, transport = by_platform(
     *(x, y, x_weights, y_weights),
     cpu=on_cpu.potentials,
+    onnx=on_onnx.potentials,
     default=on_accelerators.potentials,
   )
   if cost == "squared":
@@ -158,11 +160,8 @@ def sliced_potentials(
   check_weights("key_weights", key_weights, key.shape[-2])
   product = narrow_einsum if directions.shape[-2] <= _FEW_SLICES else exact_einsum
   x, y = (
-    # With directions for all of the batch, no array is transposed.
     product(
-      "...nd,...ld->...nl",
-      points,
-      jnp.broadcast_to(directions, (*points.shape[:-2], *directions.shape[-2:])),
+      "...nd,...ld->...nl", points, for_each(points.shape[:-2], directions)
     ).swapaxes(-1, -2)
     for points in (query, key)
   )

@@ -13,6 +13,7 @@ from asap_jax import masses
 from asap_jax.masses import Masses
 from asap_jax.potentials import sorting
 from asap_jax.potentials.sorting import places_of, take
+from asap_jax.sizes import Size, is_known
 
 # Cumulative masses closer than this, of a total of one, count as equal: float32 sums
 # err by less. A jump that rounding hid would give one of its sides, not the midpoint.
@@ -92,7 +93,7 @@ def _describe(values: Array, order: Array, weights: Masses, exact: bool) -> _Sor
   return _Sorted(values, rank, count, jnp.cumsum(mass, axis=0))
 
 
-def _quantile(ys: _Sorted, xs: _Sorted, n: int, *, halfway: bool) -> Array:
+def _quantile(ys: _Sorted, xs: _Sorted, n: Size, *, halfway: bool) -> Array:
   """Q_y after each of the n points of x, or half-way through its mass: `[n, ...]`.
 
   Where that level is a jump of Q_y, the mean of both its sides.
@@ -134,6 +135,9 @@ def _integrate(xs: _Sorted, slope: Array) -> Array:
   steps = slope[:-1] * jnp.diff(xs.values, axis=0)
   if not isinstance(xs.count, int):
     steps = jnp.where(places_of(steps) + 1 < xs.count, steps, 0.0)
-  # XLA's own cumulative sum transposes the points on a CPU.
-  falls = jax.lax.associative_scan(jnp.add, steps)
+  if is_known(*steps.shape[:1]):
+    # XLA's own cumulative sum transposes the points on a CPU.
+    falls = jax.lax.associative_scan(jnp.add, steps)
+  else:
+    falls = jnp.cumsum(steps, axis=0)
   return jnp.concatenate([jnp.zeros_like(slope[:1]), -falls])

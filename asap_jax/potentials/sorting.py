@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from asap_jax.sizes import at_most, is_known
+
 # A network of more points takes longer to compile than it saves, as do fewer numbers
 # in all, and with fewer sequences than lanes in a vector register it is not fast.
 _MOST_POINTS = 4096
@@ -47,7 +49,8 @@ def ascending(
   Works under jit, vmap and grad.
   """
   n = x.shape[0]
-  if n > _MOST_POINTS:  # few bits would be left to tell points apart
+  if not at_most(n, _MOST_POINTS) or not is_known(n):
+    # Few bits would be left to tell points apart, or nobody knows how many.
     order = jnp.argsort(x, axis=0).astype(jnp.int32)
     return take(x, order), order
   order = (_sort(_packed(x)) & ((1 << _index_bits(n)) - 1)).astype(jnp.int32)
@@ -141,7 +144,9 @@ def _packed(x: Array) -> Array:
 def _sort(keys: Array) -> Array:
   n, sequences = keys.shape[0], math.prod(keys.shape[1:])
   sort = functools.partial(jax.lax.sort, dimension=0, is_stable=False)
-  if sequences >= _LEAST_ROWS and sequences * n >= _LEAST_NUMBERS:
+  # Of a batch that is not known one hopes for many.
+  is_few = at_most(sequences, _LEAST_ROWS - 1)
+  if not is_few and not at_most(sequences * n, _LEAST_NUMBERS - 1):
     return jax.lax.platform_dependent(keys, cpu=bitonic_sort, default=sort)
   return sort(keys)
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from asap_jax.sizes import Size, at_most, is_known, known_behind
+
 T = TypeVar("T")  # a pytree of arrays
 
 # Pairs of tokens in a block that stays in a CPU's cache: 4 MiB of float32.
@@ -25,12 +27,14 @@ def block_size(total: int, most: int) -> int:
 
 def by_blocks(
   function: Callable[..., T],
-  batch: Sequence[int],
+  batch: Sequence[Size],
   most: int,
   arguments: Sequence[Array | None],
   own: Sequence[int],
 ) -> T:
   """`function` of at most `most` elements of the batch at a time, one after another.
+
+  Of axes whose size is not known it takes one element at a time, right for all sizes.
 
   Args:
     function: of arguments with one batch axis, which its arrays have in front.
@@ -39,7 +43,7 @@ def by_blocks(
     arguments: arrays, or `None`.
     own: of each argument, the axes behind the batch axes.
   """
-  size = block_size(math.prod(batch), most)
+  size = block_size(math.prod(known_behind(batch)), most)
 
   def split(array, own):
     shape = array.shape[max(array.ndim - own, 0) :]
@@ -56,11 +60,11 @@ def by_blocks(
 
 def in_cache(
   function: Callable[..., T],
-  batch: Sequence[int],
-  pairs: int,
+  batch: Sequence[Size],
+  pairs: Size,
   arguments: Sequence[Array | None],
   own: Sequence[int],
-  most_pairs: int = _PAIRS,
+  most_pairs: Size = _PAIRS,
   *,
   elsewhere: Callable[..., T] | None = None,
 ) -> T:
@@ -76,8 +80,8 @@ def in_cache(
     elsewhere: the same function for other devices than a CPU, if it has another form.
   """
   blocks = function
-  if math.prod(batch) * pairs > most_pairs:
-    most = max(most_pairs // pairs, 1)
+  if not at_most(math.prod(batch) * pairs, most_pairs):
+    most = max(most_pairs // pairs, 1) if is_known(pairs) else 1
     blocks = functools.partial(_by_blocks_of, function, batch, most, own)
   elif elsewhere is None:
     return function(*arguments)

@@ -24,6 +24,7 @@ from asap_jax.attention.implementations import pallas
 from asap_jax.attention.implementations.cudnn import fused_attention, unsupported
 from asap_jax.attention.implementations.cudnn_sums import head_dim
 from asap_jax.attention.inputs import Inputs
+from asap_jax.sizes import is_known, known_or
 
 Implementation = Literal["xla", "chunked", "cudnn", "pallas"]
 Gradient = Literal["iterated", "streamed"]
@@ -40,6 +41,8 @@ _DENSE_HEAD = 2**26
 # 0.77 and 4.8, and 0.78, 1.00 and 4.6, in three times the memory. Lengths
 # between the two were not measured.)
 _CUDNN_LENGTH, _CUDNN_LENGTH_OF_MANY, _CUDNN_FEW = 512, 1024, 3
+# What is taken for a batch, and for a length, that is not known in an export.
+_USUAL_BATCH, _USUAL_LENGTH = 32, 1024
 
 
 class PerPlatform(NamedTuple):
@@ -71,7 +74,17 @@ def gradient_for(
 
 
 def _fits(inputs: Inputs) -> bool:
-  return math.prod(inputs.query.shape[:-1]) * inputs.key.shape[-2] <= _DENSE
+  return _entries(inputs.query, inputs.key) <= _DENSE
+
+
+def _entries(query: Array, key: Array) -> int:
+  """Of all kernels together."""
+  sizes = [known_or(size, _USUAL_BATCH) for size in query.shape[:-2]]
+  return math.prod(sizes) * math.prod(_lengths(query, key))
+
+
+def _lengths(*tokens: Array) -> list[int]:
+  return [known_or(each.shape[-2], _USUAL_LENGTH) for each in tokens]
 
 
 def choose_for(
@@ -172,6 +185,8 @@ def choose(
   if implementation in ("xla", "chunked"):
     return implementation
   reason = _no_segments(packed)
+  if not is_known(*query.shape, *key.shape):
+    reason = "sizes that are known only when it runs (those of `jax.export`)"
   if implementation == "pallas":
     reason = reason or pallas.unsupported(query, key, value, bias)
     if reason is not None:
@@ -186,7 +201,7 @@ def choose(
     if reason is not None:
       raise ValueError(f"implementation='cudnn' cannot serve: {reason}")
     return "cudnn"
-  n, m = query.shape[-2], key.shape[-2]
+  n, m = _lengths(query, key)
   least = _CUDNN_LENGTH if count <= _CUDNN_FEW else _CUDNN_LENGTH_OF_MANY
   if reason is None and min(n, m) >= least:
     return "cudnn"
@@ -194,7 +209,7 @@ def choose(
   if platform == "cpu" and bias is None:
     entries, most = n * m, _DENSE_HEAD
   else:
-    entries, most = math.prod(query.shape[:-2]) * n * m, _DENSE
+    entries, most = _entries(query, key), _DENSE
   return "chunked" if entries > most else "xla"
 
 

@@ -28,6 +28,7 @@ from asap_jax.c_transform.entropic import (
 from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, Side, check_weights, zero_invalid
 from asap_jax.numerics import float_dtype, logits_einsum
+from asap_jax.sizes import Size, at_most, is_known
 
 # Scores computed at a time: on a CPU they stay in its cache; elsewhere 32 MiB of
 # float32, so that 8 heads of 16,384 tokens take less than 200 MB of an H100.
@@ -35,6 +36,8 @@ _CPU_BUDGET = 2**20
 _BUDGET = 2**23
 # A chunk of fewer points is a slow matrix product: fewer heads at a time come first.
 _LEAST_CHUNK = 64
+# Points of a chunk where the length is not known.
+_CHUNK = 256
 
 
 class _Problem(NamedTuple):
@@ -148,8 +151,11 @@ def _attend(
   """`chunked_attention` with about `budget` scores at a time."""
   query, key, value, dual, rows, columns, relaxation, momentum, bias, *ids = problem
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
-  least = max(n, m) * min(max(n, m), _LEAST_CHUNK)
-  if batch and math.prod(batch) * least > budget:
+  if is_known(n, m):
+    least = max(n, m) * min(max(n, m), _LEAST_CHUNK)
+  else:
+    least = budget  # one element of the batch at a time, whatever its length
+  if batch and not at_most(math.prod(batch) * least, budget):
     options: dict[str, Any] = {
       "count": count,
       "side": side,
@@ -157,7 +163,8 @@ def _attend(
       "budget": budget,
     }
     attend = functools.partial(_attend, **options)
-    return _by_groups(attend, problem, budget // (math.prod(batch[1:]) * least))
+    of_one = math.prod(batch[1:]) * least
+    return _by_groups(attend, problem, budget // of_one if is_known(of_one) else 1)
   segments = _segments(*ids)
   by_chunks = functools.partial(_by_chunks, budget=budget // max(math.prod(batch), 1))
 
@@ -233,30 +240,33 @@ def _segments(query: Array | None, key: Array | None) -> Segments | None:
 
 
 def _by_chunks(
-  function: Callable[[Array, Array], Array], points: Array, others: int, *, budget: int
+  function: Callable[[Array, Array], Array], points: Array, others: Size, *, budget: int
 ) -> Array:
   """`function` of points `[..., size, dim]` and their positions, a chunk at a time.
 
   A chunk has at most `budget` scores with the points of the other side.
   """
   size = points.shape[-2]
-  chunk = min(max(budget // max(others, 1), _LEAST_CHUNK), size)
+  chunk = max(budget // max(others, 1), _LEAST_CHUNK) if is_known(others) else _CHUNK
+  chunk = min(chunk, size) if is_known(size) else chunk
   # The backward pass computes the chunk anew.
   function = jax.checkpoint(function, prevent_cse=False)
   chunks = -(-size // max(chunk, 1))
-  if chunks <= 1:
+  if at_most(chunks, 1):
     return function(points, jnp.arange(size))
-  chunk = -(-size // chunks)
+  if is_known(chunks):
+    chunk = -(-size // chunks)
   surplus = chunks * chunk - size
   # Surplus points are zeros, their positions those of the last; they are cut off.
-  points = jnp.pad(points, [(0, 0)] * (points.ndim - 2) + [(0, surplus), (0, 0)])
-  positions = jnp.minimum(jnp.arange(chunks * chunk), size - 1).reshape(chunks, chunk)
+  edges = [(0, 0, 0)] * (points.ndim - 2) + [(0, surplus, 0), (0, 0, 0)]
+  points = jax.lax.pad(points, jnp.zeros((), points.dtype), edges)
+  positions = jnp.minimum(jnp.arange(points.shape[-2]), size - 1).reshape(-1, chunk)
   batch = points.shape[:-2]
-  points = points.reshape(*batch, chunks, chunk, points.shape[-1])
+  points = points.reshape(*batch, -1, chunk, points.shape[-1])
   out = jax.lax.map(
     lambda each: function(*each), (jnp.moveaxis(points, -3, 0), positions)
   )
-  out = jnp.moveaxis(out, 0, -3).reshape(*batch, chunks * chunk, out.shape[-1])
+  out = jnp.moveaxis(out, 0, -3).reshape(*batch, -1, out.shape[-1])
   return out[..., :size, :]
 
 
@@ -265,7 +275,7 @@ def _by_groups(
 ) -> Array:
   """`function` of at most `most` of the leading batch axis at a time."""
   total = problem.query.shape[0]
-  group = block_size(total, most)
+  group = block_size(total, most) if is_known(total) else 1
 
   def split(array):
     return array if group == 1 else array.reshape(-1, group, *array.shape[1:])

@@ -23,6 +23,7 @@ from asap_jax.c_transform.iterates import Iterates, scaled_iterates
 from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, valid_pairs, zero_invalid
 from asap_jax.numerics import logits_einsum, with_usual_promotion
+from asap_jax.sizes import Size
 from asap_jax.teacher.gradient import (
   Iterations,
   by_domain,
@@ -169,7 +170,7 @@ def _arguments(query, key, value, start, query_weights, key_weights, bias, segme
   return query, key, value, start, *weights, bias, *(segments or (None, None))
 
 
-def _masses(weights: Masses, batch: Sequence[int], size: int) -> Masses:
+def _masses(weights: Masses, batch: Sequence[Size], size: Size) -> Masses:
   """Masks as masses, which have cotangents, of every element of the batch."""
   if weights is None:
     return None

@@ -27,6 +27,7 @@ from asap_jax.c_transform.iterates import Iterates
 from asap_jax.c_transform.segments import Segments
 from asap_jax.masses import Masses, zero_invalid
 from asap_jax.numerics import float_dtype, with_usual_promotion
+from asap_jax.sizes import Size, is_known, known_behind
 
 T = TypeVar("T")  # a pytree of arrays
 
@@ -38,6 +39,8 @@ _OWN = 2, 2, 2, 1, 1, 1, 1, 1
 # come before chunks of fewer queries, down to the least.
 _CPU_SCORES, _CPU_LEAST_CHUNK = 2**20, 128
 _SCORES, _LEAST_CHUNK = 2**23, 64
+# Queries of a chunk where the length is not known.
+_CHUNK = 256
 
 
 def streamed_attention(
@@ -198,7 +201,7 @@ def _problem(chunk, query, key, a, b, query_segments, key_segments):
   return Problem(queries, key, in_chunks(a, chunk, axis=-1), b, key_segments)
 
 
-def _by_iteration(function: Callable[..., Array], duals: Array, size: int) -> Array:
+def _by_iteration(function: Callable[..., Array], duals: Array, size: Size) -> Array:
   return jax.vmap(lambda dual: function(dual, size, axis=-1))(duals)
 
 
@@ -210,13 +213,15 @@ def _in_blocks(
   batch, n, m = query.shape[:-2], query.shape[-2], key.shape[-2]
 
   def run(scores, least, *arguments):
+    if not is_known(n, m):
+      return by_blocks(functools.partial(function, _CHUNK), batch, 1, arguments, own)
     most = max(scores // max(min(n, least) * m, 1), 1)
-    elements = block_size(math.prod(batch), most)
+    elements = block_size(math.prod(known_behind(batch)), most)
     chunk = min(max(scores // max(elements * m, 1), 1), max(n, 1))
     # Chunks of one size, with as little in the last that is not there as can be.
     chunk = -(-n // -(-n // chunk))
     of_chunk = functools.partial(function, chunk)
-    if elements == math.prod(batch):
+    if is_known(*batch) and elements == math.prod(batch):
       return of_chunk(*arguments)
     return by_blocks(of_chunk, batch, elements, arguments, own)
 

@@ -19,6 +19,7 @@ from asap_jax.c_transform.half_closure import sums_in_range
 from asap_jax.c_transform.iterates import Iterates, column_shift
 from asap_jax.c_transform.segments import Segments
 from asap_jax.numerics import exact_einsum, logits_einsum
+from asap_jax.sizes import Size
 from asap_jax.teacher.gradient import by_domain, divide
 
 
@@ -55,19 +56,20 @@ class Problem(NamedTuple):
   key_segments: Array | None = None
 
 
-def in_chunks(array: Array, size: int, *, axis: int) -> Array:
+def in_chunks(array: Array, size: Size, *, axis: int) -> Array:
   """Chunks of an axis (negative) in front, `[chunks, ..., size, ...]`.
 
   What the last one has too much is zero, as an absent query.
   """
   axis += array.ndim
-  surplus = -array.shape[axis] % size
-  array = jnp.pad(array, [(0, surplus * (i == axis)) for i in range(array.ndim)])
+  surplus = -(-array.shape[axis] // size) * size - array.shape[axis]
+  edges = [(0, surplus if i == axis else 0, 0) for i in range(array.ndim)]
+  array = jax.lax.pad(array, jnp.zeros((), array.dtype), edges)
   split = array.reshape(*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
   return jnp.moveaxis(split, axis, 0)
 
 
-def joined(chunks: Array, length: int, *, axis: int) -> Array:
+def joined(chunks: Array, length: Size, *, axis: int) -> Array:
   """`in_chunks`, undone."""
   axis += chunks.ndim - 1
   array = jnp.moveaxis(chunks, 0, axis)

@@ -16,6 +16,7 @@ from asap_jax.c_transform.entropic import LOG_ZERO, advance, row_sums
 from asap_jax.dual_map.predict import DualMap, linear_dual
 from asap_jax.masses import Masses, Side, normalised, valid, zero_invalid
 from asap_jax.numerics import float_dtype
+from asap_jax.sizes import Size, at_most
 
 # Pairs of a head, and closures, up to which XLA makes one loop over the heads. Of two
 # closures with masks it makes several (2 CPU cores, JAX 0.10.2, 32 padded sequences of
@@ -27,10 +28,10 @@ _SHORT, _FEW_MASKED = 2**16, 1
 FEW = 2
 
 
-def is_short(count: int, n: int, m: int, *masks: Masses) -> bool:
+def is_short(count: int, n: Size, m: Size, *masks: Masses) -> bool:
   """Whether XLA fuses so many closures of such sequences to one loop on a CPU."""
   few = FEW if all(mask is None for mask in masks) else _FEW_MASKED
-  return count <= few and n * m <= _SHORT
+  return count <= few and bool(at_most(n * m, _SHORT))
 
 
 def predicted_values(

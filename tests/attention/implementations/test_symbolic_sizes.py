@@ -1,0 +1,148 @@
+"""One program for all sizes gives what one for each of them does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.served import DIM, HEADS, LINEAR, dual_map
+
+from asap_jax import asap_attention, sinkhorn_attention, softmax_attention
+
+RANDOM = np.random.default_rng(0)
+# Shapes in annotations are of numbers alone.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+MAPS = {
+  "linear": dual_map(*LINEAR),
+  "linear@3": dual_map(*LINEAR, closures=3),
+  "slices": dual_map("potentials", *LINEAR),
+  "network": dual_map("potentials", "query", "cumulants", "transport", hidden=4),
+  "half": dual_map(*LINEAR, side="key", half=True),
+  "gaussian": dual_map(*LINEAR, "gaussian"),
+}
+ATTENTION = {
+  "softmax": softmax_attention,
+  **{
+    f"{name} {implementation}": functools.partial(
+      asap_attention, dual_map=each, implementation=implementation
+    )
+    for name, each in MAPS.items()
+    for implementation in (None, "xla", "chunked")
+  },
+  **{
+    f"sinkhorn@{count} {name}": functools.partial(
+      sinkhorn_attention, iterations=count, implementation=name
+    )
+    for count in (1, 3)
+    for name in (None, "ott", "xla", "chunked")
+  },
+  **{
+    f"sinkhorn {options}": functools.partial(sinkhorn_attention, **options)
+    for options in (
+      {"iterations": 2, "start": "gaussian"},
+      {"iterations": 0, "start": "gaussian_full"},
+      {"iterations": 3, "relaxation": 1.5},
+      {"iterations": 3, "tolerance": 0.01},
+      {"iterations": 3, "tolerance": 0.01, "implementation": "chunked"},
+    )
+  },
+}
+QUICK = ("softmax", "sinkhorn@3 None", "slices None", "linear@3 chunked")
+
+
+def tokens(batch, length):
+  shape = batch, length, HEADS, DIM
+  return tuple(jnp.asarray(2 * RANDOM.normal(size=shape), jnp.float32) for _ in "qkv")
+
+
+def masked(attend, query, key, value, valid):
+  return attend(query, key, value, mask=nnx.make_attention_mask(valid, valid))
+
+
+def packed(attend, query, key, value, ids):
+  return attend(query, key, value, segment_ids=ids, max_segments=2)
+
+
+def compare(function, arguments, symbolic, sizes, constraints=()):
+  """Exported once, and run on batches and lengths of these sizes."""
+  scope = jax.export.SymbolicScope(constraints)
+  shapes = jax.export.symbolic_args_specs(arguments, symbolic, scope=scope)
+  exported = jax.export.export(jax.jit(function), platforms=["cpu"])(*shapes)
+  for batch, length in sizes:
+    given = [x[:batch, :length] for x in arguments]
+    np.testing.assert_allclose(
+      exported.call(*given), jax.jit(function)(*given), atol=3e-6
+    )
+
+
+def case(name, symbolic, more=None, **options):
+  marks = () if name in QUICK and symbolic == "b, ..." else pytest.mark.slow
+  return pytest.param(name, symbolic, more, marks=marks, **options)
+
+
+@pytest.mark.parametrize(
+  ("name", "symbolic", "more"),
+  [
+    case(name, symbolic, more)
+    for name in ATTENTION
+    for symbolic in ("b, ...", "b, n, ...")
+    for more in ("plain", "masked")
+    if symbolic != "b, ..." or more == "masked" or name not in QUICK
+  ],
+)
+def test_attention_of_any_size(name, symbolic, more):
+  attend, given = ATTENTION[name], tokens(3, 7)
+  if more == "masked":
+    valid = jnp.arange(7) < jnp.asarray([[5], [3], [7]])
+    attend, given = functools.partial(masked, attend), (*given, valid)
+  if symbolic == "b, ...":
+    compare(attend, given, symbolic, [(3, 7), (1, 7)])
+  else:
+    compare(attend, given, symbolic, [(3, 7), (1, 4)], ["n >= 2"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+@pytest.mark.parametrize("symbolic", ["b, ...", "b, n, ..."])
+def test_packed_sequences_of_any_size(symbolic, implementation):
+  attend = functools.partial(
+    sinkhorn_attention, iterations=3, implementation=implementation
+  )
+  ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2, 2], [1] * 7])
+  function = functools.partial(packed, attend)
+  compare(function, (*tokens(3, 7), ids), symbolic, [(3, 7), (2, 6)], ["n >= 2"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "chunked"])
+def test_lengths_beyond_one_chunk(implementation):
+  attend = functools.partial(
+    sinkhorn_attention, iterations=2, implementation=implementation
+  )
+  compare(attend, tokens(1, 600), "b, n, ...", [(1, 600), (1, 512)], ["n >= 2"])
+
+
+def test_what_is_known_of_a_length_counts():
+  """A bound brings back the form of short sequences, which has no blocks."""
+
+  def loops(*constraints):
+    scope = jax.export.SymbolicScope(("n >= 2", *constraints))
+    shapes = jax.export.symbolic_args_specs(tokens(3, 7), "b, n, ...", scope=scope)
+    attend = ATTENTION["linear None"]
+    exported = jax.export.export(jax.jit(attend), platforms=["cpu"])(*shapes)
+    return exported.mlir_module().count("stablehlo.while")
+
+  assert loops() > loops("n <= 64") == 0
+
+
+def test_a_fused_kernel_refuses_sizes_that_are_not_known():
+  def attend(query, key, value):
+    return sinkhorn_attention(query, key, value, implementation="cudnn")
+
+  shapes = jax.export.symbolic_args_specs(tokens(3, 7), "b, ...")
+  with pytest.raises(ValueError, match=r"implementation='cudnn' cannot serve: sizes"):
+    jax.export.export(jax.jit(attend), platforms=["cuda"])(*shapes)
