@@ -31,6 +31,7 @@ from asap_jax.compiler import (
   fit,
   load,
   save,
+  to_sinkhorn,
 )
 from asap_jax.dual_map import DualMap, predict_dual
 from asap_jax.potentials import (
@@ -75,6 +76,7 @@ __all__ = [
   "sinkhorn_duals",
   "sliced_potentials",
   "softmax_attention",
+  "to_sinkhorn",
 ]
 
 

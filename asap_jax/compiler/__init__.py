@@ -12,13 +12,17 @@ plans with the teacher's, `clock` times, `selection` takes the fastest that is c
 enough, `standing` puts it in its place (`kept`: with the others), and `report` says
 what was gained. `recipes` and `measuring` are the way of one fixed operator.
 `distillation` trains all maps together afterwards; `saving` keeps a compiled model.
+Before all of it, `conversion` makes Sinkhorn attention of softmax, and `moved` says how
+far that moves a model.
 """
 
 from asap_jax.compiler.api import Compiled, choose, compile
 from asap_jax.compiler.arrays import AttentionCall, Fitted, FittedAttention, fit
+from asap_jax.compiler.conversion import Converted, to_sinkhorn
 from asap_jax.compiler.distillation import Distilled, distil
 from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.linen import CompiledLinen, compile_linen
+from asap_jax.compiler.moved import LayerMoved, Moved
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.report import Alternative, LayerReport, Report
@@ -32,10 +36,13 @@ __all__ = [
   "Compiled",
   "CompiledLinen",
   "CompiledModule",
+  "Converted",
   "Distilled",
   "Fitted",
   "FittedAttention",
+  "LayerMoved",
   "LayerReport",
+  "Moved",
   "Recipe",
   "Report",
   "Sinkhorn",
@@ -46,4 +53,5 @@ __all__ = [
   "fit",
   "load",
   "save",
+  "to_sinkhorn",
 ]
