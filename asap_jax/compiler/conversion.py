@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from asap_jax.attention.amortized import AmortizedAttention
@@ -19,8 +20,11 @@ from asap_jax.attention.functions import (
   softmax_attention,
 )
 from asap_jax.compiler.batches import kind_of
-from asap_jax.compiler.moved import Compared, Moved, how_far
+from asap_jax.compiler.comparing import Compared, run_of, stays_softmax, watch
+from asap_jax.compiler.moved import Moved, layers_moved, outputs_moved
 from asap_jax.compiler.operators import OWN, bound_arguments
+from asap_jax.compiler.recorded import is_held_out
+from asap_jax.compiler.refitting import Moments, affine_map, fold
 from asap_jax.compiler.sites import (
   Place,
   everything_held,
@@ -60,6 +64,7 @@ def to_sinkhorn(
   start: Start = "gaussian",
   *,
   amortized: bool = False,
+  refit: bool = False,
   names: Collection[str] | None = None,
   leave: Collection[str] = (),
   batches: Iterable[Any] = (),
@@ -71,9 +76,10 @@ def to_sinkhorn(
   `nnx.MultiHeadAttention` holds by default, `jax.nn.dot_product_attention` or
   `asap_jax.softmax_attention`, or a partial of one of them, in an attribute of a module
   or in a dictionary, list or tuple there. Weights, masks, biases, dropout and scale
-  stay. The plans do not, and outputs may move far: fine-tune afterwards, or follow the
-  softmax model's outputs first (`asap_jax.distil` with `wrt`); docs/pretrained.md has
-  the road. Host code: it does not run under jit, vmap or grad; the model does.
+  stay. The plans do not, and outputs may move far: heads that rest on a sink must look
+  elsewhere. `refit` takes most of it back, in closed form and without labels; a short
+  fine-tuning does the rest (docs/pretrained.md). Host code: it does not run under jit,
+  vmap or grad; the model does.
 
   Args:
     model: any NNX model; left untouched.
@@ -81,6 +87,10 @@ def to_sinkhorn(
     start: likewise.
     amortized: for an `asap_jax.AmortizedAttention` in each place instead, which has no
       iterations and learns with the model: add `asap_jax.dual_loss(model)` to the loss.
+    refit: whether the output projection of each `nnx.MultiHeadAttention` is fitted, so
+      that the layer gives what softmax gave: by ridge regression on `batches`, some ten
+      thousand tokens, but every fifth of them, from the second on, which is measured
+      on.
     names: of the layers to convert, by path as in the report; all by default. For one
       after the other, convert what an earlier call returned.
     leave: names of layers that stay softmax, such as one of which a single token, CLS,
@@ -97,8 +107,8 @@ def to_sinkhorn(
     ValueError: if the model holds no softmax attention, a name is unknown, a layer is
       causal or decodes token by token, binds an argument that Sinkhorn attention does
       not have, or has on a batch a mask that is not the outer product of valid queries
-      and valid keys; if heads are not known for `amortized`; or as
-      `asap_jax.sinkhorn_attention`.
+      and valid keys; if heads are not known for `amortized`, or the projection or
+      batches for `refit`; or as `asap_jax.sinkhorn_attention`.
 
   Example:
     >>> import asap_jax
@@ -131,27 +141,51 @@ def to_sinkhorn(
     if name in chosen
   }
 
-  if amortized:
-    heads = {name: _heads(model, by_name[name]) for name in options}
-    functions: dict[str, Callable[..., jax.Array]] = {
-      name: AmortizedAttention(*heads[name], bound) for name, bound in options.items()
-    }
-  else:
-    own: dict[str, Any] = {"iterations": iterations, "start": start}
-    functions = {
-      name: functools.partial(sinkhorn_attention, **own, **bound)
-      for name, bound in options.items()
-    }
+  compared = {}
+  for name, bound in options.items():
+    place = by_name[name]
+    function: Callable[..., jax.Array]
+    if amortized:
+      function = _amortized(model, place, bound)
+    else:
+      own: dict[str, Any] = {"iterations": iterations, "start": start}
+      function = functools.partial(sinkhorn_attention, **own, **bound)
+    compared[place] = Compared(name, found[place], function)
+    if refit:
+      _projection(model, place)
+  fitted, judged = _split(list(batches), refit)
+  of_fitted, of_judged = watch(model, compared, (fitted, judged), call)
+  converted = nnx.clone(model)
+  layers, kept = [], []
+  functions = {}
+  both = zip(of_fitted, of_judged, strict=True)
+  for (place, each), (fit, seen) in zip(compared.items(), both, strict=True):
+    if stays_softmax(each.name, seen) or stays_softmax(each.name, fit):
+      kept.append(each.name)
+      continue
+    functions[place] = each.function
+    affine = None
+    if fit is not None:
+      affine = _refit(_projection(converted, place), fit.moments)
+    layers += layers_moved(each.name, seen, affine)
+  converted = replace_held(converted, functions)
+  runs = run_of(model, call), run_of(converted, call)
+  report = Moved(tuple(layers), tuple(kept), *outputs_moved(runs, judged))
+  return Converted(converted, report)
 
-  def convert(names: Collection[str]) -> nnx.Module:
-    return replace_held(model, {by_name[name]: functions[name] for name in names})
 
-  compared = {
-    by_name[name]: Compared(name, found[by_name[name]], functions[name])
-    for name in functions
-  }
-  report = how_far(model, compared, convert, batches, call)
-  return Converted(convert([layer.name for layer in report.layers]), report)
+def _split(batches: list[Any], refit: bool) -> tuple[list[Any], list[Any]]:
+  """Batches to refit on, and to measure on."""
+  if not refit:
+    return [], batches
+  if not batches:
+    raise ValueError("batches is empty: expected some for refit=True")
+  if len(batches) == 1:
+    return batches, batches
+  sides: tuple[list[Any], list[Any]] = [], []
+  for index, batch in enumerate(batches):
+    sides[is_held_out(index)].append(batch)
+  return sides
 
 
 def _find_softmax(model: nnx.Module) -> dict[Place, Any]:
@@ -161,7 +195,9 @@ def _find_softmax(model: nnx.Module) -> dict[Place, Any]:
     for place, held in everything_held(model)
     if any(bound_arguments(held, function) is not None for function in SOFTMAX)
   }
-  in_order = sorted(found, key=lambda place: [(isinstance(p, str), p) for p in place[0]])
+  in_order = sorted(
+    found, key=lambda place: [(isinstance(p, str), p) for p in place[0]]
+  )
   return {place: found[place] for place in in_order}
 
 
@@ -169,8 +205,8 @@ def _options(model: nnx.Module, name: str, place: Place, held: Any) -> dict[str,
   """Bound arguments of a layer's softmax that Sinkhorn attention takes as well."""
   if getattr(owner_of(model, place), "decode", False):
     raise ValueError(
-      f"{name}: decode=True; one-token decoding has no doubly stochastic form; expected "
-      "False, or the name in leave="
+      f"{name}: decode=True; one-token decoding has no doubly stochastic form; "
+      "expected False, or the name in leave="
     )
   every = (bound_arguments(held, function) for function in SOFTMAX)
   bound = next(each for each in every if each is not None)
@@ -193,8 +229,10 @@ def _options(model: nnx.Module, name: str, place: Place, held: Any) -> dict[str,
   return bound
 
 
-def _heads(model: nnx.Module, place: Place) -> tuple[int, int]:
-  """Heads of a layer, and their dimension."""
+def _amortized(
+  model: nnx.Module, place: Place, options: dict[str, Any]
+) -> AmortizedAttention:
+  """A dual map for the heads of a layer, in the mode of its module."""
   owner = owner_of(model, place)
   heads, dim = (getattr(owner, name, None) for name in ("num_heads", "head_dim"))
   if not isinstance(heads, int) or not isinstance(dim, int):
@@ -202,4 +240,33 @@ def _heads(model: nnx.Module, place: Place) -> tuple[int, int]:
       f"amortized=True: {name_of(place)} is held by a {type(owner).__name__} without "
       "num_heads and head_dim, the size of its dual map; expected these attributes"
     )
-  return heads, dim
+  attention = AmortizedAttention(heads, dim, options)
+  attention.deterministic = bool(getattr(owner, "deterministic", False))
+  return attention
+
+
+def _projection(model: nnx.Module, place: Place) -> nnx.LinearGeneral:
+  """What follows a layer's heads."""
+  owner = owner_of(model, place)
+  if not isinstance(owner, nnx.MultiHeadAttention):
+    raise ValueError(
+      f"refit=True: {name_of(place)} is held by a {type(owner).__name__}; expected an "
+      "nnx.MultiHeadAttention, whose projection is known"
+    )
+  return owner.out
+
+
+def _refit(
+  projection: nnx.LinearGeneral, moments: Moments
+) -> tuple[np.ndarray, np.ndarray]:
+  """Folds the map from a layer's new outputs to softmax's into what follows."""
+  has_bias = projection.bias is not None
+  own = functools.partial(affine_map, has_bias=has_bias)
+  if moments.u.ndim == 1:
+    affine = own(moments)
+  else:
+    stack = [jax.tree.map(lambda x, i=i: x[i], moments) for i in range(len(moments.u))]
+    w, c = zip(*map(own, stack), strict=True)
+    affine = np.stack(w), np.stack(c)
+  fold(projection, *affine)
+  return affine

@@ -136,7 +136,9 @@ class BertEncoder(nnx.Module):
     """
     length, most = ids.shape[-1], self.config.max_position_embeddings
     if length > most:
-      raise ValueError(f"ids have {length} tokens: expected at most {most}, by position")
+      raise ValueError(
+        f"ids have {length} tokens: expected at most {most}, by position"
+      )
     mask = nnx.make_attention_mask(valid, valid, dtype=bool)
     x = self.words(ids) + self.positions(jnp.arange(length)) + self.types.embedding[0]
     x = self.dropout(self.norm(x), deterministic=rngs is None, rngs=rngs)

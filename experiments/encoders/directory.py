@@ -42,8 +42,8 @@ def directory_of(name: str) -> pathlib.Path:
     directory = pathlib.Path(name)
   if not directory.is_dir():
     raise ValueError(
-      f"{name!r} is no directory: expected {', '.join(PACKAGES)}, or one with {CONFIG}, "
-      f"{WEIGHTS} and {TOKENIZER}"
+      f"{name!r} is no directory: expected {', '.join(PACKAGES)}, or one with "
+      f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
     )
   for file in (CONFIG, WEIGHTS, TOKENIZER):
     if not (directory / file).is_file():
@@ -90,7 +90,10 @@ def read_config(path: pathlib.Path) -> BertConfig:
     given = json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-  for name, expected in (("model_type", "bert"), ("position_embedding_type", "absolute")):
+  for name, expected in (
+    ("model_type", "bert"),
+    ("position_embedding_type", "absolute"),
+  ):
     # An old file may say nothing of positions.
     found = given.get(name, expected if name != "model_type" else None)
     if found != expected:
@@ -100,7 +103,9 @@ def read_config(path: pathlib.Path) -> BertConfig:
   needed = {n for n, f in _SIZES.items() if f.default is dataclasses.MISSING}
   lacking = sorted(needed - given.keys())
   if lacking:
-    raise ValueError(f"{path}: {', '.join(lacking)} missing, expected an encoder's sizes")
+    raise ValueError(
+      f"{path}: {', '.join(lacking)} missing, expected an encoder's sizes"
+    )
   return BertConfig(**{name: given[name] for name in _SIZES if name in given})
 
 
@@ -173,7 +178,9 @@ def _read_arrays(
     # All shapes before any array is read.
     for name, shape, _ in places.values():
       if prefix + name not in names:
-        raise ValueError(f"{path} has no {prefix + name}: expected one of shape {shape}")
+        raise ValueError(
+          f"{path} has no {prefix + name}: expected one of shape {shape}"
+        )
       found = tuple(tensors.get_slice(prefix + name).get_shape())
       if found != shape:
         raise ValueError(

@@ -59,7 +59,7 @@ class TextCoder:
     for start in range(0, len(texts), _CHUNK):
       chunk = list(texts[start : start + _CHUNK])
       for row, encoding in enumerate(self._tokenizer.encode_batch_fast(chunk), start):
-        tokens = encoding.ids
+        tokens = encoding.ids or [0]  # a text without any has one all the same
         if len(tokens) > self.length:
           tokens = tokens[:head] + tokens[len(tokens) - self.length // 2 :]
         ids[row, : len(tokens)] = tokens
