@@ -88,9 +88,9 @@ def to_sinkhorn(
     amortized: for an `asap_jax.AmortizedAttention` in each place instead, which has no
       iterations and learns with the model: add `asap_jax.dual_loss(model)` to the loss.
     refit: whether the output projection of each `nnx.MultiHeadAttention` is fitted, so
-      that the layer gives what softmax gave: by ridge regression on `batches`, some ten
-      thousand tokens, but every fifth of them, from the second on, which is measured
-      on.
+      that the layer gives what softmax gave: by ridge regression on `batches`, but for
+      every fifth of them, from the second on, which is measured on. It takes several
+      times as many sequences as the layer has features.
     names: of the layers to convert, by path as in the report; all by default. For one
       after the other, convert what an earlier call returned.
     leave: names of layers that stay softmax, such as one of which a single token, CLS,
