@@ -32,6 +32,7 @@ from asap_jax.compiler import (
   load,
   monitor,
   save,
+  to_sinkhorn,
   watch,
 )
 from asap_jax.diagnosis import Diagnosis, diagnose
@@ -84,6 +85,7 @@ __all__ = [
   "sinkhorn_duals",
   "sliced_potentials",
   "softmax_attention",
+  "to_sinkhorn",
   "watch",
 ]
 

@@ -13,13 +13,17 @@ enough, `standing` puts it in its place (`kept`: with the others), and `report` 
 what was gained. `recipes` and `measuring` are the way of one fixed operator.
 `distillation` trains all maps together afterwards; `saving` keeps a compiled model,
 with the `records` of what compiling knew; `watching` looks after it at work.
+Before all of it, `conversion` makes Sinkhorn attention of softmax, and `moved` says how
+far that moves a model.
 """
 
 from asap_jax.compiler.api import Compiled, choose, compile
 from asap_jax.compiler.arrays import AttentionCall, Fitted, FittedAttention, fit
+from asap_jax.compiler.conversion import Converted, to_sinkhorn
 from asap_jax.compiler.distillation import Distilled, distil
 from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.linen import CompiledLinen, compile_linen
+from asap_jax.compiler.moved import LayerMoved, Moved
 from asap_jax.compiler.operators import Sinkhorn
 from asap_jax.compiler.recipes import Recipe
 from asap_jax.compiler.records import keep_record, record_of, records_of
@@ -35,10 +39,13 @@ __all__ = [
   "Compiled",
   "CompiledLinen",
   "CompiledModule",
+  "Converted",
   "Distilled",
   "Fitted",
   "FittedAttention",
+  "LayerMoved",
   "LayerReport",
+  "Moved",
   "Reading",
   "Recipe",
   "Report",
@@ -54,6 +61,7 @@ __all__ = [
   "record_of",
   "records_of",
   "save",
+  "to_sinkhorn",
   "unwatched",
   "watch",
 ]

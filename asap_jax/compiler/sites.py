@@ -72,7 +72,7 @@ def find_sinkhorn(model: nnx.Module) -> list[Site]:
   A module that occurs several times in the model is listed once, where it is met first.
   """
   sites = []
-  for (path, attribute), held in _everything_held(model):
+  for (path, attribute), held in everything_held(model):
     bound = bound_arguments(held, sinkhorn_attention)
     if bound is None:
       continue
@@ -86,13 +86,18 @@ def find_sinkhorn(model: nnx.Module) -> list[Site]:
 def find_held(model: nnx.Module, kind: type[Held]) -> dict[Place, Held]:
   """Everything of a kind that a model holds, at any depth, by its place."""
   return {
-    place: held for place, held in _everything_held(model) if isinstance(held, kind)
+    place: held for place, held in everything_held(model) if isinstance(held, kind)
   }
 
 
 def held_at(model: nnx.Module, site: Site) -> Any:
   """What a model, compiled or not, holds at a site of its teacher."""
-  module, (attribute, *keys) = _owner(_modules(model), (site.path, site.attribute))
+  return held_in(model, (site.path, site.attribute))
+
+
+def held_in(model: nnx.Module, place: Place) -> Any:
+  """The same by place."""
+  module, (attribute, *keys) = _owner(_modules(model), place)
   held = getattr(module, str(attribute))
   for key in keys:
     held = held[key]
@@ -132,7 +137,12 @@ def _modules(model: nnx.Module) -> dict[tuple[str | int, ...], nnx.Module]:
   return modules
 
 
-def _everything_held(model: nnx.Module) -> Iterator[tuple[Place, Any]]:
+def owner_of(model: nnx.Module, place: Place) -> nnx.Module:
+  """The module that holds a place, itself or in a container."""
+  return _owner(_modules(model), place)[0]
+
+
+def everything_held(model: nnx.Module) -> Iterator[tuple[Place, Any]]:
   """Attributes of all modules and entries of containers in them, but no modules."""
   for path, module in _modules(model).items():
     for attribute, held in _attributes(module).items():

@@ -43,6 +43,17 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
   return parse
 
 
+def positive(text: str) -> float:
+  """Type of an argument: a finite number above zero."""
+  try:
+    value = float(text)
+  except ValueError:
+    value = 0.0
+  if not 0 < value < float("inf"):
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above zero")
+  return value
+
+
 def seed_list(text: str) -> list[int]:
   """Type of an argument: seeds, as `0,1,2`."""
   try:

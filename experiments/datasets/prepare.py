@@ -1,8 +1,9 @@
 """Data sets as the arrays that models read."""
 
+import functools
 import pathlib
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,6 +13,17 @@ from experiments.datasets.images import decode, fit, statistics
 from experiments.datasets.loaders import Transform
 from experiments.datasets.tasks import Task
 from experiments.datasets.text import encode, tokenizer_for
+
+
+class Coder(Protocol):
+  """Texts to token ids int32 `[texts, length]`, and which are no padding."""
+
+  @property
+  def vocabulary_size(self) -> int:
+    """Number of tokens."""
+
+  def __call__(self, texts: Sequence[str], /) -> tuple[np.ndarray, np.ndarray]:
+    """See the class."""
 
 
 class Prepared(NamedTuple):
@@ -72,6 +84,7 @@ def prepare(
   limit_train: int | None = None,
   limit_test: int | None = None,
   keep: Literal["start", "end", "both"] = "start",
+  coder: Coder | None = None,
 ) -> Prepared:
   """Encodes all texts, or decodes all images, of a data set.
 
@@ -85,6 +98,8 @@ def prepare(
     limit_train: examples at most, drawn evenly from the whole split.
     limit_test: as `limit_train`.
     keep: the end of texts that stays, if they are cut.
+    coder: of a pretrained encoder, in the place of a tokenizer of the training texts;
+      it knows the length and the end that stays.
 
   Raises:
     ValueError: if a number is not positive, images differ in size and `image_size` is
@@ -99,12 +114,17 @@ def prepare(
   if task.kind == "text":
     texts, labels = _texts(task.train, train)
     test_texts, test_labels = _texts(task.test, test)
-    tokenizer = tokenizer_for(texts, vocabulary, cache, name=task.name)
+    code: Callable[[Any], tuple[np.ndarray, np.ndarray]]
+    if coder is None:
+      tokenizer = tokenizer_for(texts, vocabulary, cache, name=task.name)
+      code = functools.partial(encode, tokenizer, length=length, keep=keep)
+      size = tokenizer.get_vocab_size()
+    else:
+      code, size = coder, coder.vocabulary_size
     splits = []
     for strings, classes in ((texts, labels), (test_texts, test_labels)):
-      ids, valid = encode(tokenizer, strings, length, keep=keep)
+      ids, valid = code(strings)
       splits.append({"ids": ids, "valid": valid, "label": classes})
-    size = tokenizer.get_vocab_size()
     return Prepared(
       task.name,
       "text",

@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from flax import nnx
+
 from experiments.common.arguments import (
   new_directory,
   parser_for,
+  positive,
   seed_list,
   whole,
   writable,
@@ -31,9 +34,15 @@ from experiments.common.results import (
   write_whole,
 )
 from experiments.datasets.tasks import Task, load_task
-from experiments.downstream.data import foreign_batches, foreign_task, load
+from experiments.downstream.data import (
+  foreign_batches,
+  foreign_task,
+  load,
+  whole_batches,
+)
 from experiments.downstream.evaluation import LEAST_GAIN, recovered
-from experiments.downstream.presets import PRESETS, preset_of
+from experiments.downstream.presets import SIZES, Preset, preset_of
+from experiments.downstream.pretrained import REFITTED, Pretrained
 from experiments.downstream.seeds import baseline_row, run_seed
 
 # Trained whatever is named: the teacher, and what it has to beat.
@@ -53,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--label-key", help="feature with the class")
   add("--train-split")
   add("--test-split")
-  add("--preset", choices=PRESETS, default="tiny")
+  add("--preset", choices=SIZES, help="tiny by default; of models from scratch")
+  add("--init", help="pretrained encoder to fine-tune: minilm, or its directory")
+  add("--frozen-layers", type=whole(0), help="first layers of it that are not trained")
   add(
     "--attention",
     type=trainable,
@@ -66,11 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--train-only", action="store_true", help="replace no attention")
   add("--resume", action="store_true", help="go on with a killed run")
   add("--steps", type=whole(1), help="of training")
+  add("--batch-size", type=whole(1), help="of training")
+  add("--learning-rate", type=positive, help="the highest")
+  add("--length", type=whole(1), help="tokens of a text")
   add("--refine-steps", type=whole(0), help="per layer; 0 for the ridge fit alone")
   add("--test-limit", type=whole(1), help="test examples at most")
   add("--shift-dataset", help="compile on its inputs, too, to see what shift does")
   args = parser.parse_args(arguments)
   started = time.perf_counter()
+  if args.init is not None and args.preset is not None:
+    parser.error("argument --preset: of models from scratch; leave it out with --init")
+  if args.init is None and args.frozen_layers is not None:
+    parser.error("argument --frozen-layers: needs --init")
+  args.preset = args.preset or ("tiny" if args.init is None else "pretrained")
   option = "out"
   try:
     check_out(args)
@@ -83,6 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
       train_split=args.train_split,
       test_split=args.test_split,
     )
+    if args.init is not None:
+      option = "init"
+      if task.kind != "text":
+        raise ValueError(f"{task.name} holds {task.kind}s: expected texts")
+      Pretrained.named(args.init, preset_for(task, args), args.frozen_layers or 0)
     option, other = "shift-dataset", None
     if args.shift_dataset is not None:
       other = foreign_task(args.shift_dataset, task, args.data_dir)
@@ -100,19 +124,25 @@ def run(
   `other` are data to compile on as well; `started` is when the program was.
   """
   write_whole(args.out / _OPTIONS, json.dumps(options_of(args), indent=1))
-  preset = preset_of(args.preset, task.kind, task.name)
-  given = {"steps": args.steps, "refine_steps": args.refine_steps}
-  given = {name: value for name, value in given.items() if value is not None}
-  preset = dataclasses.replace(preset, **given)
+  preset = preset_for(task, args)
   directory = args.out / args.dataset.replace("/", "-").replace(":", "-")
   cache = directory / "tokenizer"
-  data = load(task, preset, cache, args.test_limit)
+  begun, coder = None, None
+  if args.init is not None:
+    begun = Pretrained.named(args.init, preset, args.frozen_layers or 0)
+    coder = begun.coder(preset)
+  data = load(task, preset, cache, args.test_limit, coder)
   foreign = None
   if other is not None:
-    foreign = foreign_batches(other, task, data, preset, cache)
+    foreign = foreign_batches(other, task, data, preset, cache, coder)
   seconds = {"data": time.perf_counter() - started}
   names = list(dict.fromkeys((*TRAINED, *args.attention)))
   one = functools.partial(run_seed, data, foreign, preset, names, args)
+  if begun is not None:
+    classes = data.prepared.classes
+    seen = whole_batches(data.train, None, REFITTED)
+    make = functools.partial(_begun, begun, preset, classes, seen)
+    one = functools.partial(one, make=make)
   per_seed = [_kept(directory / f"seed{seed}", one, seed) for seed in args.seeds]
   linear = _kept(directory, lambda *_: baseline_row(task), 0, "linear.json")
 
@@ -153,6 +183,25 @@ def run(
     )
   print_end(seconds, path, *figures)
   return rows
+
+
+def preset_for(task: Task, args: argparse.Namespace) -> Preset:
+  """The preset of the arguments, with the values that they give."""
+  own = ("steps", "refine_steps", "batch_size", "learning_rate", "length")
+  given = {name: getattr(args, name) for name in own}
+  given = {name: value for name, value in given.items() if value is not None}
+  return dataclasses.replace(preset_of(args.preset, task.kind, task.name), **given)
+
+
+def _begun(
+  begun: Pretrained,
+  preset: Preset,
+  classes: int,
+  batches: Sequence[Any],
+  name: str,
+  seed: int,
+) -> nnx.Module:
+  return begun.build(name, preset, classes, seed, batches)
 
 
 def check_out(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.datasets.examples import Examples, Texts, evenly, read_many
 from experiments.datasets.loaders import Batch, Transform, loader
-from experiments.datasets.prepare import Prepared, prepare
+from experiments.datasets.prepare import Coder, Prepared, prepare
 from experiments.datasets.tasks import Task, load_task
 from experiments.datasets.text import encode, tokenizer_for
 from experiments.downstream.presets import SMALL_SIDE, Preset, patch_of
@@ -36,7 +36,11 @@ class Data(NamedTuple):
 
 
 def load(
-  task: Task, preset: Preset, cache: pathlib.Path, test_limit: int | None = None
+  task: Task,
+  preset: Preset,
+  cache: pathlib.Path,
+  test_limit: int | None = None,
+  coder: Coder | None = None,
 ) -> Data:
   """Encodes or decodes a data set, and holds out a part of its training split.
 
@@ -51,6 +55,7 @@ def load(
     cache=cache,
     limit_test=test_limit,
     keep=preset.keep,
+    coder=coder,
   )
   count = count_of(prepared.train)
   if count < 10:
@@ -152,19 +157,26 @@ def foreign_task(name: str, task: Task, data_dir: pathlib.Path | None) -> Task:
 
 
 def foreign_batches(
-  other: Task, task: Task, data: Data, preset: Preset, cache: pathlib.Path
+  other: Task,
+  task: Task,
+  data: Data,
+  preset: Preset,
+  cache: pathlib.Path,
+  coder: Coder | None = None,
 ) -> list[Batch]:
   """Training inputs of another data set, as the teacher of this one reads them.
 
   Texts are encoded by the teacher's tokenizer, images standardised by its statistics.
   """
   if task.kind == "text":
-    tokenizer = tokenizer_for(
-      texts_of(task.train), preset.vocabulary, cache, name=task.name
-    )
     texts = texts_of(other.train)
     chosen = [texts[i] for i in evenly(texts, preset.calibration)]
-    ids, valid = encode(tokenizer, chosen, preset.length, keep=preset.keep)
+    if coder is None:
+      own = texts_of(task.train)
+      tokenizer = tokenizer_for(own, preset.vocabulary, cache, name=task.name)
+      ids, valid = encode(tokenizer, chosen, preset.length, keep=preset.keep)
+    else:
+      ids, valid = coder(chosen)
     return whole_batches(
       {"ids": ids, "valid": valid, "label": np.zeros(len(ids), np.int32)},
       None,

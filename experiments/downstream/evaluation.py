@@ -18,6 +18,8 @@ Batch = dict[str, np.ndarray]
 CUTS = (1, 2, 3, 5)
 # Of accuracy, of the teacher over softmax in its place.
 LEAST_GAIN = 1e-3
+# Of a large encoder each takes its time.
+COMPILED_PRETRAINED = ("asap", "best")
 COMPILED = ("ridge", "asap", "asap@2", "best")
 # What a shift is measured on: the compiled operators, and what a user could take.
 SHIFTED = ("softmax_swap", "sinkhorn@1", "sinkhorn@3", "ridge", "asap", "best")

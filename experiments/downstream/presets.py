@@ -84,6 +84,21 @@ _TINY_IMAGE = Preset(
   steps=1500,
   learning_rate=2e-3,
 )
+# Sizes are those of the encoder.
+_PRETRAINED = Preset(
+  width=0,
+  heads=0,
+  layers=0,
+  length=128,
+  vocabulary=0,
+  steps=600,
+  batch_size=32,
+  learning_rate=4e-4,
+  weight_decay=0.01,
+  calibration=640,
+  refine_steps=100,
+  teacher="sinkhorn@5",
+)
 _PAPER_TEXT = Preset(
   width=256,
   heads=8,
@@ -115,7 +130,10 @@ PRESETS = {
     for kind, preset in (("text", _TINY_TEXT), ("image", _TINY_IMAGE))
   },
   "paper": {"text": _PAPER_TEXT, "image": _PAPER_IMAGE},
+  # Begins at a pretrained encoder: `--init`.
+  "pretrained": {"text": _PRETRAINED},
 }
+SIZES = tuple(name for name in PRESETS if name != "pretrained")
 # Other values for one data set: long reviews, of which both ends say most.
 _LONG_REVIEWS: dict[str, Any] = {
   "length": 128,
@@ -126,7 +144,8 @@ _LONG_REVIEWS: dict[str, Any] = {
   "token_dropout": 0.3,
 }
 _OWN: dict[tuple[str, str], dict[str, Any]] = {
-  (size, "imdb_reviews"): _LONG_REVIEWS for size in ("tiny", "few")
+  **{(size, "imdb_reviews"): _LONG_REVIEWS for size in ("tiny", "few")},
+  ("pretrained", "imdb_reviews"): {"keep": "both"},
 }
 
 
@@ -134,7 +153,7 @@ def preset_of(size: str, kind: str, name: str) -> Preset:
   """The preset of a data set.
 
   Args:
-    size: "tiny", "few" or "paper".
+    size: "tiny", "few", "paper" or "pretrained".
     kind: "text" or "image".
     name: of the data set, with or without a configuration.
   """

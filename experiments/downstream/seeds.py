@@ -2,7 +2,7 @@
 
 import argparse
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from experiments.downstream.data import (
 from experiments.downstream.presets import Preset, build
 from experiments.downstream.training import error_of_columns, train
 
+# Of an attention's name and a seed.
+Make = Callable[[str, int], nnx.Module]
 # Test inputs that plans are compared on, and forward passes that are timed.
 PLANS, REPEATS = 512, 5
 
@@ -36,14 +38,15 @@ def run_seed(
   args: argparse.Namespace,
   seed: int,
   directory: pathlib.Path,
+  make: Make | None = None,
 ) -> dict[str, Any]:
   """Rows by method, rows of shifted inputs, and seconds, as JSON has them.
 
   `foreign` are inputs of another data set to compile on as well; `directory` keeps
-  checkpoints, metrics and the compiled model.
+  checkpoints, metrics and the compiled model; `make` as of `train_all`.
   """
   laps = Laps()
-  trained, about = train_all(names, data, preset, seed, directory)
+  trained, about = train_all(names, data, preset, seed, directory, make)
   if args.train_only:
     return _trained_alone(trained, about, data, laps)
   teacher = trained["sinkhorn"] = replacements.by_ott(trained["sinkhorn"])
@@ -58,7 +61,7 @@ def run_seed(
     slices=args.slices,
     refine_steps=preset.refine_steps,
     seed=seed,
-    names=evaluation.COMPILED,
+    names=evaluation.COMPILED if make is None else evaluation.COMPILED_PRETRAINED,
   )
   replaced = {**evaluation.without_training(teacher), **replaced}
   about |= of_compiling
@@ -116,16 +119,20 @@ def train_all(
   preset: Preset,
   seed: int,
   directory: pathlib.Path,
+  make: Make | None = None,
 ) -> tuple[dict[str, nnx.Module], dict[str, dict[str, Any]]]:
   """Models by their attention, and what training adds to their rows.
 
-  Peers whose loss does not stay finite are left out; the teacher must not be.
+  Peers whose loss does not stay finite are left out; the teacher must not be. `make`
+  makes the untrained models, in the place of `build`.
   """
+  if make is None:
+    make = lambda name, seed: build(name, preset, data.prepared, seed)  # noqa: E731
   config, models, about = preset.training(), {}, {}
   for name in names:
     try:
       result = train(
-        build(name, preset, data.prepared, seed),
+        make(name, seed),
         training_batches(data, config.batch_size, seed),
         lambda: ordered_batches(data.held_out, data.prepared.test_transform),
         config,
@@ -152,7 +159,7 @@ def train_all(
 def _shifted_rows(trained, replaced, data: Data, plans) -> list[dict[str, Any]]:
   """Rows of these models on inputs of another kind; see `evaluation.shifted`."""
   kind = "half length" if data.prepared.kind == "text" else "enlarged centre"
-  kept = {name: replaced[name] for name in evaluation.SHIFTED}
+  kept = {name: replaced[name] for name in evaluation.SHIFTED if name in replaced}
   batches = ordered_batches(data.prepared.test, data.prepared.test_transform)
   found = evaluation.measure(
     {"sinkhorn": trained["sinkhorn"]},
