@@ -49,6 +49,8 @@ RANK = 4
 # Share of its trace by which a product of covariances is made positive: float32 rounds
 # its small eigenvalues by about as much.
 _FLOOR = 1e-6
+# And of what its entries exceed the trace: they are rounded too.
+_SKEW = 3e-3
 # Steps that bring eigenvalues a million times apart to their square root.
 _ROOT_STEPS = 10
 _INVERSE_STEPS = 3
@@ -282,14 +284,22 @@ def _roots(product: Float[Array, "*batch dim dim"]) -> tuple[Array, Array]:
   Computation"). They begin at 1/4.
   """
   eye = jnp.eye(product.shape[-1], dtype=product.dtype)
-  # The eigenvalues of A B are not negative: none is above the trace.
+  # The eigenvalues of A B are not negative: none is above the trace. But where A and B
+  # have few directions, nearly orthogonal ones, entries are large beside it.
   trace = jnp.sum(product * eye, axis=(-2, -1), keepdims=True)
-  trace = jax.lax.stop_gradient(trace)  # the result depends on no scale
-  shift = 0.25 + _FLOOR * trace
-  largest = trace + shift
+  size = jnp.sqrt(jnp.sum(product**2, axis=(-2, -1), keepdims=True))
+  # The result depends on no scale.
+  trace, size = jax.lax.stop_gradient((trace, size))
+  shift = 0.25 + _FLOOR * trace + _SKEW * jnp.maximum(size - trace, 0.0)
+  largest = jnp.maximum(trace, size) + shift
   root = (product + shift * eye) / largest
   start = root, jnp.broadcast_to(eye, root.shape), jnp.sqrt(shift / largest)
   root, inverse, _ = repeated(_root_step, _ROOT_STEPS, *start)
+  # Where rounding wins all the same, which the inverse's trace tells, the scale is left.
+  trace = jnp.sum(inverse * eye, axis=(-2, -1), keepdims=True)
+  most = 1.01 * eye.shape[-1] * jnp.sqrt(largest / shift)
+  is_sound = (trace > 0.0) & (trace <= most)
+  root, inverse = (jnp.where(is_sound, each, eye) for each in (root, inverse))
   largest = jnp.sqrt(largest)
   return largest * root, inverse / largest
 
