@@ -191,7 +191,8 @@ class PlainPlan:
     """S + g, far below all others at absent keys."""
     inputs = self.inputs
     scores = _with_dual(self._queries, inputs.key, _kept(g, inputs.key_mask))
-    return scores if inputs.bias is None else scores + inputs.bias_of_pairs
+    bias = inputs.bias_of_pairs
+    return scores if bias is None else scores + bias
 
 
 def _kept(dual: Array, valid: Array | None) -> Array:
