@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asap_jax.numerics import multiplied_and_summed, narrow_einsum
+from asap_jax.numerics import as_matmul, multiplied_and_summed, narrow_einsum
 
 # Subscripts, and sizes of both factors.
 CASES = {
@@ -41,3 +41,21 @@ def test_a_tpu_multiplies_no_matrices():
   for platform, wanted in (("tpu", 0), ("cuda", 1), ("cpu", 1)):
     lowered = narrow.trace(*factors).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("dot_general") == wanted
+
+
+@pytest.mark.parametrize(
+  ("subscripts", "left", "right"),
+  [
+    ("...nd,...md->...nm", (3, 2, 4, 5), (3, 2, 6, 5)),
+    ("...nd,...d->...n", (3, 4, 5), (3, 5)),
+    ("...n,...nd->...d", (3, 4), (3, 4, 5)),
+    ("...hc,hcw->...hw", (3, 2, 5), (2, 5, 6)),
+    ("...rn,...nd->...rd", (3, 2, 4), (3, 4, 5)),
+    ("...md,...me->...de", (3, 4, 5), (3, 4, 6)),
+  ],
+)
+def test_products_of_matrices_are_the_einsum(subscripts, left, right):
+  random = np.random.default_rng(0)
+  operands = [random.normal(size=shape).astype(np.float32) for shape in (left, right)]
+  found = as_matmul(subscripts, *map(jnp.asarray, operands))
+  np.testing.assert_allclose(found, np.einsum(subscripts, *operands), atol=1e-5)

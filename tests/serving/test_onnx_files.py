@@ -55,7 +55,10 @@ def case(kind, masked):
 
 @pytest.mark.parametrize(
   ("kind", "masked"),
-  [case(kind, masked) for kind in ATTENTION for masked in (True, False)],
+  [
+    *(case(kind, True) for kind in ATTENTION),
+    *(case(kind, False) for kind in ("softmax", "sliced", "linear@3", "teacher")),
+  ],
 )
 def test_attention_of_every_kind_and_batches_of_any_size(kind, masked):
   content = exported(kind, masked)
