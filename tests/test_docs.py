@@ -26,7 +26,7 @@ docstrings = hook("docstrings")
 WITH_CODE = [page for page in PAGES if examples(page) and page.name != "README.md"]
 
 
-LONG = ("compiler", "teacher")
+LONG = ("compiler", "pretrained", "teacher")
 
 
 @pytest.mark.parametrize(
