@@ -114,7 +114,7 @@ def to_sinkhorn(
     >>> import asap_jax
     >>> softmax = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
     >>> inputs = jax.random.normal(jax.random.key(0), (4, 6, 8))
-    >>> model, report = asap_jax.to_sinkhorn(softmax, batches=[inputs])
+    >>> model, report = asap_jax.to_sinkhorn(softmax, 3, "zero", batches=[inputs])
     >>> model(inputs).shape, [layer.name for layer in report.layers]
     ((4, 6, 8), ['attention_fn'])
   """

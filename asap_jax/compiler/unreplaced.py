@@ -80,7 +80,8 @@ def nothing_found(model: nnx.Module, unreplaced: tuple[str, ...]) -> str:
   return (
     "model holds no Sinkhorn attention, and calls none on the first batch: expected a "
     "module with an attribute that is sinkhorn_attention or "
-    "functools.partial(sinkhorn_attention, ...)"
+    "functools.partial(sinkhorn_attention, ...); asap_jax.to_sinkhorn makes one of a "
+    "model with softmax attention"
   )
 
 
