@@ -36,6 +36,12 @@ def keep_record(function: Any, record: Mapping[str, Any]) -> None:
 def record_of(function: Any) -> dict[str, Any]:
   """The record of an attention function, empty if it has none.
 
+  Args:
+    function: what stands in a place of a model.
+
+  Returns:
+    What `keep_record` left.
+
   >>> from asap_jax.compiler.sites import Replacement
   >>> function = Replacement(max)
   >>> keep_record(function, {"device": "cpu"})

@@ -104,6 +104,7 @@ def load(
 
   Raises:
     FileNotFoundError: if there is no saved model at `path`.
+    OSError: if it is replaced again and again while it is read.
     ValueError: if the files are truncated, altered or of another format, or the model
       has another structure than the saved one, or is compiled already.
 
