@@ -295,7 +295,7 @@ def _roots(product: Float[Array, "*batch dim dim"]) -> tuple[Array, Array]:
   root = (product + shift * eye) / largest
   start = root, jnp.broadcast_to(eye, root.shape), jnp.sqrt(shift / largest)
   root, inverse, _ = repeated(_root_step, _ROOT_STEPS, *start)
-  # Where rounding wins all the same, which the inverse's trace tells, the scale is left.
+  # Where rounding wins all the same, as the inverse's trace tells, the scale is left.
   trace = jnp.sum(inverse * eye, axis=(-2, -1), keepdims=True)
   most = 1.01 * eye.shape[-1] * jnp.sqrt(largest / shift)
   is_sound = (trace > 0.0) & (trace <= most)
