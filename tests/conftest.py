@@ -17,6 +17,17 @@ os.environ.setdefault(
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
 
+# Programs that tests compile alike are kept, where a folder is named. Each worker has
+# one of its own, for JAX does not write files whole or not at all, and processes that
+# tests start have none.
+_programs = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+if _programs and "PYTEST_XDIST_WORKER" in os.environ:
+  _programs = f"{_programs}/{os.environ['PYTEST_XDIST_WORKER']}"
+elif _programs:  # for the workers that this process starts
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+if _programs:
+  jax.config.update("jax_compilation_cache_dir", _programs)
+
 with warnings.catch_warnings():
   # OTT-JAX imports JAXopt, which announces its own end.
   warnings.simplefilter("ignore", DeprecationWarning)
