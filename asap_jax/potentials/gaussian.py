@@ -49,7 +49,7 @@ RANK = 4
 # Share of its trace by which a product of covariances is made positive: float32 rounds
 # its small eigenvalues by about as much.
 _FLOOR = 1e-6
-# And of what its entries exceed the trace: they are rounded too.
+# Where its entries exceed the trace, as if 1 / 4 were at least this share of that.
 _SKEW = 3e-3
 # Steps that bring eigenvalues a million times apart to their square root.
 _ROOT_STEPS = 10
@@ -290,7 +290,7 @@ def _roots(product: Float[Array, "*batch dim dim"]) -> tuple[Array, Array]:
   size = jnp.sqrt(jnp.sum(product**2, axis=(-2, -1), keepdims=True))
   # The result depends on no scale.
   trace, size = jax.lax.stop_gradient((trace, size))
-  shift = 0.25 + _FLOOR * trace + _SKEW * jnp.maximum(size - trace, 0.0)
+  shift = _FLOOR * trace + jnp.maximum(0.25, _SKEW * (size - trace))
   largest = jnp.maximum(trace, size) + shift
   root = (product + shift * eye) / largest
   start = root, jnp.broadcast_to(eye, root.shape), jnp.sqrt(shift / largest)

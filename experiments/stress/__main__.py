@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parts(args: argparse.Namespace) -> dict[str, Callable[[], Rows]]:
   """Everything that is tried, by name, in turn."""
   some, seed = (lambda full, quick: quick if args.quick else full), args.seed
-  shapes = drawn.configs(_SHAPES, seed)[:: some(1, 13)]
+  shapes = drawn.configs(_SHAPES, seed)[:: some(1, 17)]
   draws = some(_DRAWS, 5)
 
   def of_calls(first: int) -> Callable[[], Rows]:

@@ -299,3 +299,25 @@ def test_sequences_of_one_token():
     for covariances in COVARIANCES:
       found = both_sides(QUERY[:n], KEY[:m], covariances=covariances)
       assert_potentials(found, QUERY[:n], KEY[:m], covariances=covariances)
+
+
+def test_a_few_points_of_large_logits_leave_finite_potentials():
+  # Covariances of rank one: entries of their product are large beside its eigenvalue.
+  random = np.random.default_rng(0)
+  query, key = (
+    jnp.asarray(60.0 * random.normal(size=(3000, 2, 4)), jnp.float32) for _ in range(2)
+  )
+
+  def first(query, key):
+    f = gaussian_potential(query, key, covariances="full")
+    return f[0], f
+
+  (_, f), slopes = jax.jit(jax.vmap(jax.value_and_grad(first, has_aux=True)))(
+    query, key
+  )
+  assert np.isfinite(slopes).all()
+  # For V lies below B: x V x <= x B x.
+  x = query - query.mean(1, keepdims=True)
+  spread = jnp.einsum("bnd,bmd->bnm", x, key - key.mean(1, keepdims=True))
+  most = 0.5 * (spread**2).mean(-1) + jnp.abs(jnp.einsum("bnd,bd->bn", x, key.mean(1)))
+  assert (jnp.abs(f - f.mean(-1, keepdims=True)) <= 1.01 * most + 1.0).all()

@@ -1,7 +1,9 @@
 """The variables of a model by name, and their arrays in an Orbax checkpoint."""
 
+import contextlib
+import logging
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -161,7 +163,7 @@ def write(folder: pathlib.Path, arrays: dict[str, Any]) -> None:
     OSError: if that cannot be done.
   """
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _quietly(), ocp.StandardCheckpointer() as checkpointer:
       # Orbax refuses to save nothing.
       checkpointer.save(folder, arrays or {"": np.zeros(1)})
       checkpointer.wait_until_finished()
@@ -169,6 +171,21 @@ def write(folder: pathlib.Path, arrays: dict[str, Any]) -> None:
     raise
   except Exception as error:
     raise OSError(f"path={folder}: cannot be written: {_reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+  """Keeps Orbax from logging each thread's part of an error that is raised anyway."""
+
+  def is_other(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+  logger = logging.getLogger("absl")
+  logger.addFilter(is_other)
+  try:
+    yield
+  finally:
+    logger.removeFilter(is_other)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """One model at a path, whoever writes, reads or is stopped there."""
 
 import contextlib
+import logging
 import os
 import pathlib
 import shutil
@@ -202,14 +203,19 @@ def test_a_damaged_model_can_be_replaced(tmp_path):
   ],
   ids=["OSError", "of Orbax"],
 )
-def test_a_full_disk_is_one_short_error(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_one_short_error(tmp_path, monkeypatch, caplog, error):
   def fail(*args, **kwargs):
+    logger = logging.getLogger("absl")
+    for file in ("/lib/orbax/save.py", "/lib/other.py"):
+      own = "own", logging.ERROR, file, 1, f"of {file}", (), None
+      logger.handle(logger.makeRecord(*own))
     raise error
 
   monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
   with pytest.raises(OSError, match="No space left on device") as raised:
     save(tmp_path / "model", compiled())
   assert len(str(raised.value)) < 300
+  assert caplog.messages == ["of /lib/other.py"]
   assert entries(tmp_path) == []
 
 
