@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from asap_jax.c_transform.entropic import LOG_ZERO
+from asap_jax.sizes import is_known
 
 
 class Segments(NamedTuple):
@@ -83,6 +84,9 @@ def segments_of(
 
 def _count(ids: Array, wanted: Array) -> Array:
   """How many of `[..., n]` are as each of those wanted, without looking at pairs."""
+  if not is_known(ids.shape[-1], wanted.shape[-1]):
+    # JAX searches no array of unknown length; nothing of these pairs is kept.
+    return (ids[..., None, :] == wanted[..., :, None]).sum(-1)
   find = jnp.vectorize(
     lambda ids, wanted: (
       jnp.searchsorted(ids, wanted, side="right") - jnp.searchsorted(ids, wanted)
