@@ -96,18 +96,21 @@ class Diagnosis(NamedTuple):
       caption_justify="left",
     )
     table.add_column("layer", no_wrap=True)
-    names = ["largest column", "entropy", "column error", "residual", "Frobenius"]
+    names = ["largest column", "entropy", "column error", "residual"]
     if self.paths is not None:
       names += ["of path", "row gain", "column gain", "least singular"]
     for name in names:
       table.add_column(name, justify="right")
     for index, layer in enumerate(self.layers):
       figures = [layer.largest_column, layer.entropy, layer.column_error]
-      figures += list(layer.residual)
+      shown = [f"{each.mean():.4f}" for each in (*figures, layer.residual[0])]
       if self.paths is not None:
-        residual, *others = self.paths
-        figures += [residual[0, index], *(each[index] for each in others)]
-      table.add_row(escape(layer.name), *(f"{each.mean():.4f}" for each in figures))
+        residual, rows, columns, least = self.paths
+        gains = residual[0, index], rows[index], columns[index]
+        shown += [f"{each.mean():.4f}" for each in gains]
+        # It falls by orders of magnitude.
+        shown.append(f"{least[index].mean():.1e}")
+      table.add_row(escape(layer.name), *shown)
     stream = io.StringIO()
     console = Console(file=stream, width=120, force_jupyter=False, force_terminal=False)
     console.print(table)

@@ -10,6 +10,7 @@ from flax import nnx
 from asap_jax.attention.functions import (
   Teacher,
   asap_attention,
+  check_implementation,
   check_iterations,
   sinkhorn_attention,
 )
@@ -42,7 +43,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
 
   Raises:
     ValueError: if `decode` is true, there are too few `iterations`, the `start` is
-      unknown or the `tolerance` out of range.
+      unknown or the `tolerance` out of range, or the `implementation` is unknown.
 
   Example:
     >>> layer = SinkhornMultiHeadAttention(
@@ -67,6 +68,7 @@ class SinkhornMultiHeadAttention(nnx.MultiHeadAttention):
     **kwargs: Any,
   ):
     check_iterations(iterations, start, tolerance=tolerance)
+    check_implementation(implementation)
     check_no_decoding(decode)
     attention_fn = functools.partial(
       sinkhorn_attention,

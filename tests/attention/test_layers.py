@@ -112,9 +112,11 @@ def test_arguments_of_flax_pass_through():
   assert layer.query.bias is None
 
 
-def test_arguments_that_make_no_sense_are_refused():
+def test_arguments_that_make_no_sense_are_refused(unchecked):
   with pytest.raises(ValueError, match=r"iterations=0.*at least one iteration, or"):
     SinkhornMultiHeadAttention(HEADS, WIDTH, iterations=0, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="implementation='flash'"):
+    SinkhornMultiHeadAttention(HEADS, WIDTH, implementation="flash", rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=r"iterations=-1: expected a number that is not"):
     SinkhornMultiHeadAttention(
       HEADS, WIDTH, iterations=-1, start="gaussian", rngs=nnx.Rngs(0)

@@ -1,5 +1,6 @@
 """The serving experiment: its rival, and all of it on a few steps."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from asap_jax import sinkhorn_attention
+from asap_jax.compiler import measuring, selection
 from experiments.serving import __main__ as serving
 from experiments.serving.scaling import scaling_attention
 
@@ -28,7 +30,13 @@ def test_the_rival_runs_the_same_iterations(padded):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the converter
-def test_files_keep_the_accuracy(tmp_path, unchecked):
+def test_files_keep_the_accuracy(tmp_path, unchecked, monkeypatch):
+  # What is chosen from takes long to compile, and so does a second layer.
+  model = dataclasses.replace(serving.MODEL, layers=1)
+  monkeypatch.setattr(serving, "MODEL", model)
+  for module in (measuring, selection):
+    monkeypatch.setattr(module, "CUTS", (1,))
+  monkeypatch.setattr(selection, "STARTS", ())
   for module in ("jax2onnx", "onnxruntime"):
     pytest.importorskip(module, reason="of the extra `onnx`")
   out = tmp_path / "out"
