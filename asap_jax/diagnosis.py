@@ -19,7 +19,13 @@ from rich.table import Table
 
 from asap_jax import metrics
 from asap_jax.attention.signature import named_arguments
-from asap_jax.compiler.sites import Place, find_held, name_of, replace_held
+from asap_jax.compiler.sites import (
+  Place,
+  check_is_nnx,
+  find_held,
+  name_of,
+  replace_held,
+)
 
 # Shares of the queries' attention above which a key counts as a sink.
 SINKS = (0.3, 0.8)
@@ -76,6 +82,13 @@ class Diagnosis(NamedTuple):
       not square.
     states: rank residual of the states that `diagnose` was given, by both norms,
       `[2, states]`, or `None`.
+
+  Example:
+    >>> import asap_jax
+    >>> layer = asap_jax.SinkhornMultiHeadAttention(2, 8, rngs=nnx.Rngs(0))
+    >>> found = diagnose(layer, [jax.random.normal(jax.random.key(0), (4, 6, 8))])
+    >>> found.sink_share
+    (0.0, 0.0)
   """
 
   layers: tuple[LayerDiagnosis, ...]
@@ -172,6 +185,7 @@ def diagnose(
     >>> found.layers[0].entropy.shape, found.paths.row_gain.round(4).tolist()
     ((2,), [[1.0, 1.0]])
   """
+  check_is_nnx(model)
   held: dict[Place, Any] = {
     place: function
     for place, function in find_held(model, object).items()

@@ -57,6 +57,15 @@ class Site(NamedTuple):
     return name_of((self.path, self.attribute))
 
 
+def check_is_nnx(model: Any) -> None:
+  """Raises ValueError unless a model is a Flax NNX module."""
+  if not isinstance(model, nnx.Module):
+    kind = type(model)
+    raise ValueError(
+      f"model is a {kind.__module__}.{kind.__qualname__}: expected a Flax NNX module"
+    )
+
+
 def name_of(place: Place) -> str:
   """Name of the layer at a place, as in reports."""
   path, attribute = place

@@ -15,7 +15,13 @@ from asap_jax.attention.watched import Moments, WatchedAttention
 from asap_jax.compiler.kept import CandidateAttention
 from asap_jax.compiler.operators import bound_arguments
 from asap_jax.compiler.records import compiled_places
-from asap_jax.compiler.sites import Place, find_held, name_of, replace_held
+from asap_jax.compiler.sites import (
+  Place,
+  check_is_nnx,
+  find_held,
+  name_of,
+  replace_held,
+)
 
 # What the watches at some places know: mean and deviation of the squares, and a margin.
 Watches = dict[Place, tuple[tuple[Array, Array], float]]
@@ -83,6 +89,7 @@ def monitor(
   """
   if not margin >= 1.0:
     raise ValueError(f"margin={margin}: expected a number of at least one")
+  check_is_nnx(model)
   if find_held(model, WatchedAttention):
     raise ValueError("model is watched already: expected one that is not")
   held = doubly_stochastic(model)
@@ -135,6 +142,7 @@ def watch(
     >>> list(readings)
     ['attention_fn']
   """
+  check_is_nnx(model)
   if not find_held(model, WatchedAttention):
     raise ValueError("model is not watched: expected asap_jax.monitor's")
   out, shown = _captured(model, args, call)

@@ -53,6 +53,13 @@ def export_onnx(
     ImportError: without jax2onnx.
     ValueError: if an argument makes no sense, or the model does what ONNX cannot
       (packed sequences, attention of `asap_jax.peers`).
+
+  Example:
+    >>> import asap_jax
+    >>> layer = asap_jax.SinkhornMultiHeadAttention(2, 8, rngs=nnx.Rngs(0))
+    >>> export_onnx(layer, jax.numpy.ones((3, 6, 8)), "model.onnx", opset=5)
+    Traceback (most recent call last):
+    ValueError: opset=5: expected 18 to 23
   """
   check_free(path, overwrite)
   if not _LEAST_OPSET <= opset <= OPSET:
@@ -61,8 +68,8 @@ def export_onnx(
   shapes = open_shapes(arguments, symbolic, ())
   leaves, structure = jax.tree.flatten(shapes)
   specs = [_spec(leaf, symbolic) for leaf in leaves]
-  to_onnx = _converter()
   run = function_of(model, call, as_numpy=True)
+  to_onnx = _converter()
 
   def flat(*arrays: Any) -> Any:
     with answering(plain_attention), only_for("onnx"):

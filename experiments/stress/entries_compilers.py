@@ -105,6 +105,64 @@ def compilers() -> dict[str, Entry]:
       {"path": "/nowhere", "model": teacher()},
       {"path": ["gs://bucket/model"], "model": [compiled(), None, {}]},
     ),
+    **_observers(batches),
+    **_files(batches[0], module),
+  }
+
+
+def _observers(batches: jax.Array) -> dict[str, Entry]:
+  linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+  softmax = nnx.MultiHeadAttention(HEADS, HEADS * DIM, decode=False, rngs=nnx.Rngs(0))
+  return {
+    "to_sinkhorn": Entry(
+      asap_jax.to_sinkhorn,
+      {"model": softmax},
+      {
+        "model": [linear, compiled(), None],
+        "iterations": [0, -1],
+        "start": ["one"],
+        "names": [["nothing"]],
+        "leave": [["nothing"]],
+        "refit": [True],
+      },
+    ),
+    "monitor": Entry(
+      asap_jax.monitor,
+      {"model": compiled(), "batches": batches},
+      {"model": [linear, None], "batches": [[]], "margin": [0.5, NAN]},
+    ),
+    "watch": Entry(asap_jax.watch, {}, {"model": [compiled(), linear, None]}),
+    "diagnose": Entry(
+      asap_jax.diagnose,
+      {"model": compiled(), "batches": batches},
+      {"model": [linear, None], "batches": [[]]},
+    ),
+  }
+
+
+def _files(example: jax.Array, module: linen.Module) -> dict[str, Entry]:
+  good = {"model": compiled(), "example_inputs": example}
+  models = {"model": [module, None]}
+  return {
+    "export": Entry(
+      asap_jax.export,
+      good,
+      {
+        **models,
+        "platforms": ["cpu", (), ("abacus",)],
+        "example_inputs": ["text", (example, "text")],
+      },
+    ),
+    "export_onnx": Entry(
+      asap_jax.export_onnx,
+      good,
+      {
+        **models,
+        "opset": [5, 99],
+        "example_inputs": ["text"],
+        "symbolic": ["b, n, ..."],
+      },
+    ),
   }
 
 

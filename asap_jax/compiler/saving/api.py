@@ -11,6 +11,7 @@ from asap_jax.compiler.report import device_kind
 from asap_jax.compiler.saving import arrays, folders, manifest, watches
 from asap_jax.compiler.saving.restoring import restored
 from asap_jax.compiler.saving.sites import described_sites
+from asap_jax.compiler.sites import check_is_nnx
 from asap_jax.compiler.watching import unwatched
 
 # Set by `model.train()` and `model.eval()`.
@@ -50,7 +51,7 @@ def save(
     [[1.0, 1.0]]
   """
   target = folders.local(path)
-  _check_module(model)
+  check_is_nnx(model)
   model, watched = unwatched(model)
   if not compiled_places(model):
     raise ValueError("model holds no compiled attention: expected asap_jax.compile's")
@@ -114,7 +115,7 @@ def load(
     FileNotFoundError: path=/nowhere: no saved model there (manifest.json is absent)
   """
   source = folders.local(path)
-  _check_module(model)
+  check_is_nnx(model)
   if compiled_places(model):
     raise ValueError(
       "model is compiled already: expected the uncompiled model, as its constructor "
@@ -132,14 +133,6 @@ def load(
         if tries == _TRIES - 1 or manifest.read(source) == saved:
           raise
   raise OSError(f"path={source}: replaced again and again while it was read")
-
-
-def _check_module(model: Any) -> None:
-  if not isinstance(model, nnx.Module):
-    kind = type(model)
-    raise ValueError(
-      f"model is a {kind.__module__}.{kind.__qualname__}: expected a Flax NNX module"
-    )
 
 
 def _modes(model: nnx.Module) -> list[list[Any]]:

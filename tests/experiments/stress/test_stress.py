@@ -114,7 +114,7 @@ def test_what_is_not_refused_well_is_told():
 def test_every_public_name_that_can_be_called_is_tried():
   tried = {name.partition(",")[0] for name in entries()}
   # Of arrays and parameters alone.
-  plain = {"AttentionCall", "DualParam", "Duals", "Potentials"}
+  plain = {"AttentionCall", "Diagnosis", "DualParam", "Duals", "Potentials"}
   assert set(asap_jax.__all__) - tried == plain
 
 
