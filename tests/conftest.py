@@ -17,8 +17,8 @@ _FLAGS = [
   "--xla_llvm_disable_expensive_passes=true",
 ]
 if jax.__version_info__ < (0, 11):
-  # The older generator of loops takes a quarter less time. XLA ends at flags that it does
-  # not know; this one is known up to here.
+  # The older generator of loops takes a quarter less time. XLA ends at flags that it
+  # does not know; this one is known up to here.
   _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
