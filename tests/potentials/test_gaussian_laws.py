@@ -200,7 +200,8 @@ def test_low_precision_is_raised_before_anything_else(dtype):
   expected = solve(*(points.astype(jnp.float32) for points in low))
   for at, value in found.items():
     assert value.dtype == jnp.float32
-    np.testing.assert_array_equal(value, expected[at])
+    # Up to how products are rounded in the two programs.
+    np.testing.assert_allclose(value, expected[at], rtol=1e-5, atol=1e-6)
   unrounded = solve(QUERY, KEY)
   for (covariances, side), value in found.items():
     exact = unrounded[covariances, side]
