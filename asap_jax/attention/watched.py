@@ -55,7 +55,8 @@ class WatchedAttention(nnx.Module):
     >>> attention = WatchedAttention(sinkhorn_attention)
     >>> tokens = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
     >>> out, seen = nnx.capture(attention, nnx.Intermediate)(tokens, tokens, tokens)
-    >>> seen["column_error"][0].shape
+    >>> (errors,) = seen["column_error"]
+    >>> errors.shape
     (4,)
   """
 

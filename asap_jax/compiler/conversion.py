@@ -130,11 +130,13 @@ def to_sinkhorn(
     )
   by_name = {name_of(place): place for place in found}
   chosen = set(by_name if names is None else names) - set(leave)
-  unknown = sorted({*(names or ()), *leave} - by_name.keys())
-  if unknown:
-    raise ValueError(
-      f"no softmax attention is held at {unknown}: expected some of {list(by_name)}"
-    )
+  for argument, given in (("names", names or ()), ("leave", leave)):
+    unknown = sorted(set(given) - by_name.keys())
+    if unknown:
+      raise ValueError(
+        f"{argument}: no softmax attention is held at {unknown}: expected some of "
+        f"{list(by_name)}"
+      )
   options = {
     name: _options(model, name, place, found[place])
     for name, place in by_name.items()

@@ -192,7 +192,7 @@ def unwatched(
     ...   rngs=nnx.Rngs(0))
     >>> batches = jax.random.normal(jax.random.key(0), (1, 16, 6, 8))
     >>> bare, known = unwatched(monitor(layer, batches))
-    >>> [place for place in known]
+    >>> list(known)
     [((), 'attention_fn')]
   """
   watches = find_held(model, WatchedAttention)

@@ -119,7 +119,7 @@ def _observers(batches: jax.Array) -> dict[str, Entry]:
       {"model": softmax},
       {
         "model": [linear, compiled(), None],
-        "iterations": [0, -1],
+        "iterations": [-1],
         "start": ["one"],
         "names": [["nothing"]],
         "leave": [["nothing"]],

@@ -131,7 +131,8 @@ def test_from_the_key_side_queries_and_keys_change_places(name):
     np.testing.assert_array_equal(actual[..., weights[1] == 0], 0)
   swapped = dataclasses.replace(held, side="query")
   swapped = predict_dual(swapped, KEY, QUERY, *on_device(weights[::-1]))
-  np.testing.assert_array_equal(actual, swapped)
+  # Up to how products are rounded in the two programs.
+  np.testing.assert_allclose(actual, swapped, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from asap_jax.compiler.saving.folders import ARRAYS, MANIFEST, is_version
 FORMAT, OLDEST = 3, 2
 _PACKAGES = "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy"
 _FIELDS = {"sites": list, "arrays": dict, "keys": dict, "files": dict}
-_LATER = {"folder": str, "values": dict, "host": dict, "modes": list}
+_LATER = {"folder": str, "values": dict, "host": dict, "modes": list, "watches": list}
 
 
 def versions() -> dict[str, str]:

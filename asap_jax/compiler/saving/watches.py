@@ -27,11 +27,20 @@ def described(watches: Watches) -> list[dict[str, Any]]:
 
 
 def watches_of(model: nnx.Module, saved: Mapping[str, Any], names: Names) -> Watches:
-  """What was saved, at the places of a loaded model."""
+  """What was saved, at the places of a loaded model.
+
+  Raises:
+    ValueError: if the manifest names other places, or none.
+  """
   places = {dotted(place): place for place in doubly_stochastic(model)}
   watches: Watches = {}
-  for watch in saved.get("watches", ()):
-    where = ".".join(names.now((*watch["path"], watch["attribute"])))
-    usual = jnp.asarray(watch["mean"]), jnp.asarray(watch["deviation"])
-    watches[places[where]] = usual, watch["margin"]
+  try:
+    for watch in saved.get("watches", ()):
+      where = ".".join(names.now((*watch["path"], watch["attribute"])))
+      usual = jnp.asarray(watch["mean"]), jnp.asarray(watch["deviation"])
+      watches[places[where]] = usual, watch["margin"]
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+      f"the saved model's manifest is altered: its field 'watches' is none ({error!r})"
+    ) from error
   return watches
