@@ -210,7 +210,10 @@ def test_low_precision_is_raised_and_flat_clouds_are_finite():
   [
     ({"key": KEY[:, :2]}, "expected the same last dimension"),
     ({"query_weights": jnp.ones(M)}, r"query_weights has shape \(9,\)"),
-    ({"slices": "random"}, "kind='random': expected one of"),
+    (
+      {"slices": "random"},
+      r"kind='random': expected one of \('canonical', 'principal'\)",
+    ),
     (
       {"slices": jnp.ones((4, 2))},
       r"slices has shape \(4, 2\): expected \[..., slices",
