@@ -86,15 +86,21 @@ def train_step(model, optimizer, inputs, targets):
   return value
 
 
+def fit(model, steps, rate):
+  """Trains a model in place; the losses."""
+  schedule = optax.cosine_decay_schedule(rate, steps)
+  optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
+  random = np.random.default_rng(0)
+  losses = []
+  for _ in range(steps):
+    chosen = random.integers(1408, size=32)
+    losses.append(train_step(model, optimizer, tokens[chosen], labels[chosen]))
+  return losses
+
+
 STEPS = 400
 teacher = DigitReader(nnx.Rngs(0))
-schedule = optax.cosine_decay_schedule(4e-3, STEPS)
-optimizer = nnx.Optimizer(teacher, optax.adam(schedule), wrt=nnx.Param)
-random = np.random.default_rng(0)
-losses = []
-for _ in range(STEPS):
-  chosen = random.integers(1408, size=32)
-  losses.append(train_step(teacher, optimizer, tokens[chosen], labels[chosen]))
+losses = fit(teacher, STEPS, 4e-3)
 
 # %%
 smooth = np.reshape(losses, (-1, 20)).mean(1)
@@ -190,3 +196,39 @@ def gradients(model):
 found = jax.tree.leaves(gradients(compiled))
 print(f"{len(found)} arrays of dual maps, {sum(leaf.size for leaf in found)} numbers")
 print("all gradients finite:", all(bool(jnp.isfinite(leaf).all()) for leaf in found))
+
+# %% [markdown]
+# ## From a pretrained softmax model
+#
+# Few train from scratch. Here a reader with softmax attention stands for a pretrained
+# model. `to_sinkhorn` gives it doubly stochastic attention with the weights as they are
+# and says how far each layer moved; `refit=True` fits the projections after the heads
+# to what softmax gave, in closed form, without labels.
+
+# %%
+softmax = DigitReader(nnx.Rngs(1), asap_jax.softmax_attention)
+fit(softmax, STEPS, 4e-3)
+switched, moved = asap_jax.to_sinkhorn(softmax, 5, "zero", batches=list(batches))
+refitted, after = asap_jax.to_sinkhorn(
+  softmax, 5, "zero", refit=True, batches=list(batches)
+)
+print(after)
+
+# %%
+readers = {"softmax": softmax, "plain switch": switched, "refitted": refitted}
+for name, model in readers.items():
+  print(f"{name:>12}: {accuracy(model):.3f}")
+
+# %% [markdown]
+# A short fine-tuning does the rest. Then the model is a teacher like any other.
+
+# %%
+tuned = nnx.clone(refitted)
+fit(tuned, 100, 1e-3)
+recipe = asap_jax.Recipe(slices=4, hidden=16, refine_steps=0)
+shipped, report = asap_jax.compile(tuned, batches, recipe, progress=False)
+print(f"fine-tuned: {accuracy(tuned):.3f}, compiled: {accuracy(shipped):.3f}")
+
+# %% [markdown]
+# `asap_jax.export` and `asap_jax.export_onnx` write it as one file that runs without
+# this library. docs/pretrained.md takes a text encoder of six layers along this road.

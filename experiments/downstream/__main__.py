@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flax import nnx
-
 from experiments.common.arguments import (
   new_directory,
   parser_for,
@@ -34,15 +32,11 @@ from experiments.common.results import (
   write_whole,
 )
 from experiments.datasets.tasks import Task, load_task
-from experiments.downstream.data import (
-  foreign_batches,
-  foreign_task,
-  load,
-  whole_batches,
-)
+from experiments.downstream.data import foreign_batches, foreign_task, load
 from experiments.downstream.evaluation import LEAST_GAIN, recovered
 from experiments.downstream.presets import SIZES, Preset, preset_of
-from experiments.downstream.pretrained import REFITTED, Pretrained
+from experiments.downstream.pretrained import Pretrained
+from experiments.downstream.roads import ROADS
 from experiments.downstream.seeds import baseline_row, run_seed
 
 # Trained whatever is named: the teacher, and what it has to beat.
@@ -65,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--preset", choices=SIZES, help="tiny by default; of models from scratch")
   add("--init", help="pretrained encoder to fine-tune: minilm, or its directory")
   add("--frozen-layers", type=whole(0), help="first layers of it that are not trained")
+  add("--distil-steps", type=whole(0), help="without labels, before fine-tuning it")
+  add(
+    "--roads",
+    choices=ROADS,
+    nargs="+",
+    default=[],
+    help="to Sinkhorn attention, to fine-tune as well; with --train-only",
+  )
   add(
     "--attention",
     type=trainable,
@@ -87,8 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   started = time.perf_counter()
   if args.init is not None and args.preset is not None:
     parser.error("argument --preset: of models from scratch; leave it out with --init")
-  if args.init is None and args.frozen_layers is not None:
-    parser.error("argument --frozen-layers: needs --init")
+  for name in ("frozen_layers", "distil_steps", "roads"):
+    if args.init is None and getattr(args, name) not in (None, []):
+      parser.error(f"argument --{name.replace('_', '-')}: needs --init")
+  if args.roads and not args.train_only:
+    parser.error("argument --roads: needs --train-only")
   args.preset = args.preset or ("tiny" if args.init is None else "pretrained")
   option = "out"
   try:
@@ -136,12 +141,10 @@ def run(
   if other is not None:
     foreign = foreign_batches(other, task, data, preset, cache, coder)
   seconds = {"data": time.perf_counter() - started}
-  names = list(dict.fromkeys((*TRAINED, *args.attention)))
+  names = list(dict.fromkeys((*TRAINED, *args.attention, *args.roads)))
   one = functools.partial(run_seed, data, foreign, preset, names, args)
   if begun is not None:
-    classes = data.prepared.classes
-    seen = whole_batches(data.train, None, REFITTED)
-    make = functools.partial(_begun, begun, preset, classes, seen)
+    make = lambda name, seed: begun.build(name, preset, data, seed)  # noqa: E731
     one = functools.partial(one, make=make)
   per_seed = [_kept(directory / f"seed{seed}", one, seed) for seed in args.seeds]
   linear = _kept(directory, lambda *_: baseline_row(task), 0, "linear.json")
@@ -187,21 +190,10 @@ def run(
 
 def preset_for(task: Task, args: argparse.Namespace) -> Preset:
   """The preset of the arguments, with the values that they give."""
-  own = ("steps", "refine_steps", "batch_size", "learning_rate", "length")
-  given = {name: getattr(args, name) for name in own}
+  own = ("steps", "distil_steps", "refine_steps", "batch_size", "learning_rate")
+  given = {name: getattr(args, name) for name in (*own, "length")}
   given = {name: value for name, value in given.items() if value is not None}
   return dataclasses.replace(preset_of(args.preset, task.kind, task.name), **given)
-
-
-def _begun(
-  begun: Pretrained,
-  preset: Preset,
-  classes: int,
-  batches: Sequence[Any],
-  name: str,
-  seed: int,
-) -> nnx.Module:
-  return begun.build(name, preset, classes, seed, batches)
 
 
 def check_out(args: argparse.Namespace) -> None:

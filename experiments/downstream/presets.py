@@ -43,6 +43,8 @@ class Preset:
     calibration: training inputs to compile with.
     teacher: attention of the model that is called `sinkhorn`, by a name of
       `experiments.common.attentions`.
+    distil_steps: before fine-tuning a pretrained encoder that was converted, without
+      labels.
   """
 
   width: int
@@ -67,6 +69,7 @@ class Preset:
   refine_steps: int = 300
   calibration: int = 1280
   teacher: str = "sinkhorn"
+  distil_steps: int = 0
 
   def training(self) -> TrainConfig:
     """Options of the optimizer."""
@@ -98,6 +101,7 @@ _PRETRAINED = Preset(
   calibration=640,
   refine_steps=100,
   teacher="sinkhorn@5",
+  distil_steps=300,
 )
 _PAPER_TEXT = Preset(
   width=256,
@@ -145,7 +149,10 @@ _LONG_REVIEWS: dict[str, Any] = {
 }
 _OWN: dict[tuple[str, str], dict[str, Any]] = {
   **{(size, "imdb_reviews"): _LONG_REVIEWS for size in ("tiny", "few")},
-  ("pretrained", "imdb_reviews"): {"keep": "both"},
+  # Their texts have fifty tokens.
+  ("pretrained", "ag_news_subset"): {"length": 64},
+  # So that a run on two cores takes less than half an hour.
+  ("pretrained", "imdb_reviews"): {"keep": "both", "steps": 240, "distil_steps": 120},
 }
 
 

@@ -2,18 +2,19 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 
 import jax
 from flax import nnx
 
-import asap_jax
 from asap_jax.attention.functions import sinkhorn_attention
 from asap_jax.compiler.operators import bound_arguments
 from experiments.common.attentions import build_attention
+from experiments.downstream.data import Data, training_batches, whole_batches
 from experiments.downstream.models import Batch
 from experiments.downstream.presets import Preset
+from experiments.downstream.roads import ROADS, convert, distil, distilling
 from experiments.encoders import BertEncoder, TextCoder, directory_of, load_encoder
+from experiments.encoders.bert import AttentionFn, BertConfig
 
 # Training texts that doubly stochastic attention is refitted on. Tokens of one text
 # have almost the same outputs there, so that texts count, more than tokens.
@@ -105,48 +106,57 @@ class Pretrained:
     return TextCoder(self.directory / "tokenizer.json", preset.length, preset.keep)
 
   def build(
-    self, name: str, preset: Preset, classes: int, seed: int, batches: Sequence[Batch]
+    self, name: str, preset: Preset, data: Data, seed: int
   ) -> PretrainedClassifier:
     """A classifier with a named attention and the pretrained weights.
 
-    Doubly stochastic attention is refitted to what softmax gave on `batches`, without
-    labels; others stand there as they are. `sinkhorn` is the preset's teacher.
+    Doubly stochastic attention is refitted to what softmax gave on some training texts,
+    and distilled for the preset's steps, without labels; others stand there as they
+    are. `sinkhorn` is the preset's teacher, and of `ROADS` each leads there.
 
     Raises:
       ValueError: if the attention is unknown.
     """
-    encoder = load_encoder(self.directory)
-    config = encoder.config
-    heads, dim = config.num_attention_heads, config.hidden_size
-    name = preset.teacher if name == "sinkhorn" else name
-    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
-    functions = [
-      build_attention(name, heads=heads, dim=dim // heads, layer=layer, rngs=rngs)
-      for layer in range(1, config.num_hidden_layers + 1)
-    ]
+    softmax = load_encoder(self.directory)
+    encoder, converted = self._with_attention(softmax, name, preset, data, seed)
+    freeze(encoder.words, encoder.positions, encoder.types, encoder.norm)
+    if preset.distil_steps and (converted or name == "distil"):
+      config = distilling(preset.distil_steps, preset.batch_size)
+      batches = training_batches(data, preset.batch_size, seed)
+      encoder = distil(encoder, softmax, batches, config, f"{name}, distilled")
+    model = PretrainedClassifier(encoder, data.prepared.classes, nnx.Rngs(seed))
+    freeze(*model.encoder.blocks[: self.frozen_layers])
+    return model
+
+  def _with_attention(
+    self, softmax: BertEncoder, name: str, preset: Preset, data: Data, seed: int
+  ) -> tuple[BertEncoder, bool]:
+    """An encoder with a named attention, and whether it is to be distilled."""
+    batches = whole_batches(data.train, None, REFITTED)
+    road = name if name in ROADS else "distil"
+    name = preset.teacher if name in ("sinkhorn", *ROADS) else name
+    functions = attentions_of(name, softmax.config, seed)
     bound = bound_arguments(functions[0], sinkhorn_attention)
-    amortized = name == "amortized"
-    if bound is not None or amortized:
-      own = {} if bound is None else bound
-      converted, report = asap_jax.to_sinkhorn(
-        encoder,
-        amortized=amortized,
-        refit=True,
-        batches=batches,
-        call=lambda model, batch: model(batch["ids"], batch["valid"]),
-        **{each: own[each] for each in ("iterations", "start") if each in own},
-      )
-      assert isinstance(converted, BertEncoder)
-      encoder = converted
-      print(report)
-    elif name != "softmax":
+    if bound is not None:
+      return convert(softmax, road, bound, batches), road == "distil"
+    if name == "amortized":
+      return convert(softmax, "refit", None, batches), False
+    encoder = nnx.clone(softmax)
+    if name != "softmax":
       for block, function in zip(encoder.blocks, functions, strict=True):
         kind = nnx.data if isinstance(function, nnx.Module) else nnx.static
         block.attention.attention_fn = kind(function)
-    model = PretrainedClassifier(encoder, classes, nnx.Rngs(seed))
-    freeze(model.encoder.words, model.encoder.positions, model.encoder.types)
-    freeze(model.encoder.norm, *model.encoder.blocks[: self.frozen_layers])
-    return model
+    return encoder, False
+
+
+def attentions_of(name: str, config: BertConfig, seed: int) -> list[AttentionFn]:
+  """A named attention for every block of an encoder."""
+  heads, dim = config.num_attention_heads, config.hidden_size
+  rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
+  return [
+    build_attention(name, heads=heads, dim=dim // heads, layer=layer, rngs=rngs)
+    for layer in range(1, config.num_hidden_layers + 1)
+  ]
 
 
 def freeze(*modules: nnx.Module) -> None:

@@ -16,6 +16,7 @@ from asap_jax.metrics import column_error, masked_mean
 from experiments.common.models import loss_of_maps, observed
 from experiments.common.train import LOG_EVERY, TrainConfig, Watch, transformation
 from experiments.downstream.checkpoints import Checkpoints, MetricsLog
+from experiments.downstream.roads import advance
 
 COLUMNS = (
   "step",
@@ -181,6 +182,7 @@ def step(
 
   def loss_fn(params):
     model = nnx.merge(graph, params, state.rest, copy=True)  # it may keep what it sees
+    advance(model, number / config.steps)
     logits = model(batch, nnx.Rngs(dropout=key))
     targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
     targets = optax.smooth_labels(targets, config.label_smoothing)

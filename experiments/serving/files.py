@@ -36,15 +36,21 @@ def serve(
   names = {"onnx": path.with_suffix(".onnx"), "stablehlo": path.with_suffix(".bin")}
   asap_jax.export_onnx(model, inputs, names["onnx"])
   asap_jax.export(model, inputs, names["stablehlo"], platforms=("cpu",))
-  session = _session(names["onnx"], threads)
-  wanted = [each.name for each in session.get_inputs()]
-
-  def in_onnx(*arrays: np.ndarray) -> np.ndarray:
-    return session.run(None, dict(zip(wanted, arrays, strict=True)))[0]
-
   exported = jax.export.deserialize(bytearray(names["stablehlo"].read_bytes()))
   sizes = {f"{name}_bytes": file.stat().st_size for name, file in names.items()}
+  in_onnx = onnx_function(names["onnx"], threads)
   return Served(in_onnx, jax.jit(exported.call), sizes)
+
+
+def onnx_function(path: pathlib.Path, threads: int) -> Callable[..., np.ndarray]:
+  """The first output of a file in ONNX Runtime, of arrays in the file's order."""
+  session = _session(path, threads)
+  wanted = [each.name for each in session.get_inputs()]
+
+  def run(*arrays: np.ndarray) -> np.ndarray:
+    return session.run(None, dict(zip(wanted, arrays, strict=True)))[0]
+
+  return run
 
 
 def _session(path: pathlib.Path, threads: int) -> Any:

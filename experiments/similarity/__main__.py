@@ -4,6 +4,7 @@ python -m experiments.similarity --dataset NAME --out DIR [--data-dir D] [--init
 """
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,14 +17,17 @@ import asap_jax
 from experiments.common import replacements
 from experiments.common.arguments import parser_for, whole
 from experiments.common.results import options_of, print_end, print_rows, write_results
-from experiments.common.timing import Laps
+from experiments.common.timing import Laps, time_interleaved
 from experiments.datasets.examples import evenly
 from experiments.datasets.tasks import load_task
 from experiments.encoders import TextCoder, directory_of, load_encoder
+from experiments.serving.files import onnx_function
 
 BATCH = 64
 # Tokens that forward passes are timed at, and sequences in one of them.
 LENGTHS, TIMED = (128, 256, 512), 8
+# Of ONNX Runtime, and of its calls.
+THREADS, REPEATS = 2, 9
 Batch = tuple[np.ndarray, np.ndarray]
 
 
@@ -37,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--texts", type=whole(256), default=2048, help="training texts to refit on")
   add("--pairs", type=whole(2), default=512, help="of neighbouring test texts")
   add("--iterations", type=whole(1), default=5, help="of Sinkhorn, from zero")
+  add("--onnx", action="store_true", help="export as well, and time ONNX Runtime")
   args = parser.parse_args(arguments)
   option = "init"
   try:
@@ -102,6 +107,10 @@ def run(
     for row in rows:
       row[f"milliseconds_{length}"] = times[row["method"]]
   laps.end("evaluate")
+  if args.onnx:
+    served = in_onnx(models, batches_of(coder, test)[0], args.out)
+    rows = [{**row, **served[row["method"]]} for row in rows]
+    laps.end("serve")
   config = options_of(args)
   path = write_results(args.out, "similarity", config, rows, laps.seconds)
   print_rows(rows, f"{args.dataset}, {len(test) // 2} pairs of test texts")
@@ -123,6 +132,26 @@ class Embedding(nnx.Module):
 def embed(model: Any, batch: Batch) -> jax.Array:
   """Embeddings of a batch of token ids, and which are no padding."""
   return model(*batch)
+
+
+def in_onnx(
+  models: Mapping[str, nnx.Module], batch: Batch, out: pathlib.Path
+) -> dict[str, dict[str, float]]:
+  """Entries of each model's row by ONNX Runtime, on a batch of texts with padding.
+
+  `onnx_difference` is the largest of an embedding from JAX's.
+  """
+  runs, rows = {}, {}
+  for name, model in models.items():
+    path = out / f"{name.replace(' ', '_')}.onnx"
+    asap_jax.export_onnx(model, batch, path)
+    runs[name] = functools.partial(onnx_function(path, THREADS), *batch)
+    apart = np.abs(runs[name]() - np.asarray(nnx.jit(embed)(model, batch))).max()
+    rows[name] = {"onnx_difference": float(apart)}
+  times = time_interleaved(runs, REPEATS)
+  return {
+    name: {**row, "onnx_milliseconds": times[name].median} for name, row in rows.items()
+  }
 
 
 def batches_of(coder: TextCoder, texts: Sequence[str]) -> list[Batch]:

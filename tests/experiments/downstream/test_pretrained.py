@@ -24,27 +24,30 @@ from experiments.encoders import load_encoder
 SMALL = dataclasses.replace(PRESET, teacher="sinkhorn@2", length=6)
 
 
-def batches(count=2):
+def batch():
   random = np.random.default_rng(0)
-  valid = np.arange(6) < random.integers(2, 7, size=(count, 16, 1))
-  ids = random.integers(4, 20, size=valid.shape).astype(np.int32)
-  return [{"ids": i, "valid": v} for i, v in zip(ids, valid, strict=True)]
+  valid = np.arange(6) < random.integers(2, 7, size=(16, 1))
+  return {"ids": random.integers(4, 20, size=valid.shape), "valid": valid}
+
+
+def data_of(begun):
+  return sources.load(task(), SMALL, None, None, begun.coder(SMALL))
 
 
 def test_softmax_begins_at_the_pretrained_embeddings(tmp_path):
   begun = Pretrained.named(str(write(tmp_path)), SMALL, 0)
-  model = begun.build("softmax", SMALL, 3, 0, batches())
-  batch = batches()[0]
-  expected = load_encoder(tmp_path)(batch["ids"], batch["valid"])
-  found = model.encoder(batch["ids"], batch["valid"])
+  model = begun.build("softmax", SMALL, data_of(begun), 0)
+  given = batch()
+  expected = load_encoder(tmp_path)(given["ids"], given["valid"])
+  found = model.encoder(given["ids"], given["valid"])
   np.testing.assert_array_equal(found, expected)
-  assert model(batch).shape == (16, 3)
+  assert model(given).shape == (16, 3)
 
 
 def test_the_teacher_is_softmax_converted_and_refitted(tmp_path):
   begun = Pretrained.named(str(write(tmp_path)), SMALL, 1)
   softmax, teacher = (
-    begun.build(name, SMALL, 3, 0, batches(5)) for name in ("softmax", "sinkhorn")
+    begun.build(name, SMALL, data_of(begun), 0) for name in ("softmax", "sinkhorn")
   )
   for trained, refitted in zip(
     softmax.encoder.blocks, teacher.encoder.blocks, strict=True
@@ -60,7 +63,7 @@ def test_the_teacher_is_softmax_converted_and_refitted(tmp_path):
 
 def test_what_is_frozen_is_no_parameter(tmp_path):
   begun = Pretrained.named(str(write(tmp_path)), SMALL, 1)
-  model = begun.build("softmax", SMALL, 3, 0, batches())
+  model = begun.build("softmax", SMALL, data_of(begun), 0)
   trained = {path[:3] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
   assert ("encoder", "blocks", 1) in trained
   assert ("encoder", "blocks", 0) not in trained

@@ -1,5 +1,6 @@
 """The command of `experiments.similarity`."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -32,6 +33,7 @@ def test_rows_are_cosines_and_a_correlation():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the converter
 def test_the_command_converts_compiles_and_times(tmp_path, monkeypatch):
   exact = asap_jax.compiler.Sinkhorn(1)
   own = asap_jax.compile
@@ -43,6 +45,8 @@ def test_the_command_converts_compiles_and_times(tmp_path, monkeypatch):
   out = tmp_path / "out"
   given = ["--init", write(tmp_path / "tiny"), "--length", 8, "--iterations", 2]
   given += ["--dataset", "news", "--out", out, "--pairs", 10]
+  served = importlib.util.find_spec("jax2onnx") is not None
+  given += ["--onnx"] * served
   similarity.main([str(each) for each in given])
   rows = json.loads((out / "results.json").read_text())["rows"]
   assert [each["method"] for each in rows] == [
@@ -56,3 +60,7 @@ def test_the_command_converts_compiles_and_times(tmp_path, monkeypatch):
   assert "milliseconds_32" not in rows[3]
   assert rows[0]["cosine"] == pytest.approx(1, abs=1e-6)
   assert rows[2]["cosine"] > 0.9
+  if served:
+    assert all(each["onnx_milliseconds"] > 0 for each in rows)
+    assert all(each["onnx_difference"] < 1e-5 for each in rows)
+    assert (out / "plain_switch.onnx").exists()
