@@ -9,6 +9,7 @@ from experiments.common.attentions import build_functions
 from experiments.common.models import Classifier, EncoderConfig
 from experiments.common.train import TrainConfig
 from experiments.datasets.prepare import Prepared
+from experiments.datasets.tfds import parts_of
 from experiments.downstream.models import TextEncoder, VisionTransformer
 
 # Images up to this side keep their size if the patches fit.
@@ -143,9 +144,16 @@ _LONG_REVIEWS: dict[str, Any] = {
   "dropout": 0.2,
   "token_dropout": 0.3,
 }
+_BOTH_ENDS = {"length": 128, "keep": "both"}
+_YELP = ("yelp_review_full", "yelp_polarity_reviews")
 _OWN: dict[tuple[str, str], dict[str, Any]] = {
   **{(size, "imdb_reviews"): _LONG_REVIEWS for size in ("tiny", "few")},
-  ("pretrained", "imdb_reviews"): {"keep": "both"},
+  **{
+    (size, n): {"length": 128, "keep": "both"}
+    for size in ("tiny", "few")
+    for n in _YELP
+  },
+  **{("pretrained", name): {"keep": "both"} for name in ("imdb_reviews", *_YELP)},
 }
 
 
@@ -157,7 +165,8 @@ def preset_of(size: str, kind: str, name: str) -> Preset:
     kind: "text" or "image".
     name: of the data set, with or without a configuration.
   """
-  own = _OWN.get((size, name.partition("/")[0].partition(":")[0]), {})
+  base = parts_of(name).base.rpartition("__")[2]
+  own = _OWN.get((size, base), {})
   return dataclasses.replace(PRESETS[size][kind], **own)
 
 
