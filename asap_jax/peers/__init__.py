@@ -14,6 +14,7 @@ held by the module of that name in `asap_jax.peers.layers`.
 | `lot` | LOTFormer | exact | approximate |
 | `swgg`, `est` | sliced plans | exact | exact |
 | `qr`, `cayley` | squares of an orthogonal matrix | exact | exact |
+| `qontot` | squared moduli of a circuit's unitary matrix | exact | exact |
 | `differential` | difference of two softmax maps | 1 - lambda | any |
 """
 
@@ -36,6 +37,7 @@ from asap_jax.peers.kernel_sinkhorn import (
 )
 from asap_jax.peers.lot import Pivot, lot_attention
 from asap_jax.peers.orthostochastic import cayley_attention, qr_attention
+from asap_jax.peers.qontot import qontot_attention
 from asap_jax.peers.sliced import est_attention, swgg_attention
 
 ATTENTIONS: dict[str, Callable[..., Any]] = {
@@ -49,6 +51,7 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
   "est": est_attention,
   "qr": qr_attention,
   "cayley": cayley_attention,
+  "qontot": qontot_attention,
   "differential": differential_attention,
 }
 _STARTS: dict[str, Any] = {"sinkhorn": "zero", "gaussian": "gaussian"}
@@ -109,6 +112,7 @@ __all__ = [
   "kernel_sinkhorn_attention",
   "lambda_init",
   "lot_attention",
+  "qontot_attention",
   "qr_attention",
   "sinkformer_attention",
   "sinkhorn_attention",

@@ -17,6 +17,7 @@ from asap_jax.peers.differential import (
 )
 from asap_jax.peers.esp import esp_attention
 from asap_jax.peers.lot import Pivot, lot_attention
+from asap_jax.peers.qontot import qontot_attention, theta_size
 from asap_jax.potentials import directions as directions_
 
 
@@ -75,6 +76,33 @@ class LOTAttention(nnx.Module):
     """`lot_attention` through this pivot; see there."""
     options = dict(self.options) | kwargs
     return lot_attention(*args, pivot=self.pivot, **options)
+
+
+class QontOTAttention(nnx.Module):
+  """Attention by a simulated quantum circuit with learned factors of the logits.
+
+  With fixed factors bind `qontot_attention` itself: it has nothing to learn.
+
+  Args:
+    heads: number of heads.
+    length: tokens of every sequence, padding included.
+    layers: of the circuit.
+    auxiliaries: auxiliary qubits.
+
+  Raises:
+    ValueError: as `qontot_attention`.
+  """
+
+  def __init__(self, heads: int, length: int, layers: int = 16, auxiliaries: int = 1):
+    size = theta_size(length, layers, auxiliaries)
+    # As the function has it.
+    self.theta = nnx.Param(jnp.ones((heads, size)))
+    self.options = _hashable({"layers": layers, "auxiliaries": auxiliaries})
+
+  def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+    """`qontot_attention` with these factors; see there."""
+    options = dict(self.options) | kwargs
+    return qontot_attention(*args, theta=self.theta[...], **options)
 
 
 class DifferentialAttention(nnx.Module):

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from asap_jax.attention.inputs import Inputs
 from asap_jax.attention.signature import attention_fn
 from asap_jax.numerics import exact_einsum
+from asap_jax.peers.ordered import Ordered
 
 _REFINEMENTS = 2
 
@@ -47,11 +48,11 @@ def qr_attention(inputs: Inputs) -> Array:
     >>> qr_attention(tokens, tokens, tokens).shape
     (2, 6, 4, 8)
   """
-  ordered = _Ordered(inputs, "qr")
+  ordered = Ordered(inputs, "qr")
   logits = exact_einsum("...nd,...md->...nm", ordered.query, ordered.key)
   # Padding has logits of zero, hence rows and columns of the identity.
   q, _ = jnp.linalg.qr(logits + jnp.eye(logits.shape[-1], dtype=logits.dtype))
-  return inputs.attend(ordered.plan(q))
+  return inputs.attend(ordered.restored(q * q))
 
 
 @attention_fn(takes_bias=False)
@@ -81,7 +82,7 @@ def cayley_attention(inputs: Inputs, *, alpha: float | Array = 1.0) -> Array:
     >>> cayley_attention(tokens, 2.0 * tokens + 1.0, tokens).shape
     (2, 6, 4, 8)
   """
-  ordered = _Ordered(inputs, "cayley")
+  ordered = Ordered(inputs, "cayley")
   query, key = ordered.query, ordered.key
   u, v = jnp.concatenate([query, -key], -1), jnp.concatenate([key, query], -1)
   u, one = alpha * u, jnp.eye(query.shape[-2], dtype=query.dtype)
@@ -102,36 +103,4 @@ def cayley_attention(inputs: Inputs, *, alpha: float | Array = 1.0) -> Array:
     )
     inverse = inverse + solved(one - inverse - skew)
   q = 2.0 * inverse - one
-  return inputs.attend(ordered.plan(q))
-
-
-class _Ordered:
-  """Queries and keys with valid tokens in front, and the way back."""
-
-  def __init__(self, inputs: Inputs, name: str):
-    n, m = inputs.query.shape[-2], inputs.key.shape[-2]
-    if n != m:
-      raise ValueError(
-        f"query has {n} tokens, key {m}: {name} needs as many keys as queries"
-      )
-    self.query, self.key, self._masks = inputs.query, inputs.key, inputs.masks
-    queries, keys = inputs.masks
-    if queries is not None and keys is not None:
-      self._rows, self._columns = (
-        jnp.argsort(~mask, axis=-1, stable=True) for mask in (queries, keys)
-      )
-      self.query = jnp.take_along_axis(self.query, self._rows[..., None], -2)
-      self.key = jnp.take_along_axis(self.key, self._columns[..., None], -2)
-
-  def plan(self, q: Array) -> Array:
-    """Squares, with tokens where they were; zero at padding."""
-    plan = q * q
-    queries, keys = self._masks
-    if queries is None or keys is None:
-      return plan
-    rows, columns = (jnp.argsort(x, axis=-1) for x in (self._rows, self._columns))
-    plan = jnp.take_along_axis(plan, rows[..., :, None], -2)
-    plan = jnp.take_along_axis(plan, columns[..., None, :], -1)
-    plan = jnp.where(queries[..., :, None] & keys[..., None, :], plan, 0.0)
-    same = queries.sum(-1) == keys.sum(-1)
-    return jnp.where(same[..., None, None], plan, jnp.nan)
+  return inputs.attend(ordered.restored(q * q))

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.datasets.examples import Examples, Images, Texts
+from experiments.datasets.examples import Examples, Images, Texts, split_in_two
 from experiments.datasets.tfds import check_splits, find_builder, open_split, parts_of
 
 
@@ -17,7 +17,9 @@ class Preset(NamedTuple):
   """Features and splits of a data set to read.
 
   `flip` says that a mirrored image keeps its label; `repository` is the one of Hugging
-  Face from which TFDS prepares what is not in its own catalogue.
+  Face from which TFDS prepares what is not in its own catalogue; `classes` are those of
+  labels that are no more than integers; `escaped` says that line ends and quotes in
+  texts are written with a backslash.
   """
 
   input_key: str
@@ -27,25 +29,37 @@ class Preset(NamedTuple):
   config: str | None = None
   flip: bool = False
   repository: str | None = None
+  classes: int = 0
+  escaped: bool = False
 
 
 PRESETS = {
-  "ag_news_subset": Preset("description"),
-  "imdb_reviews": Preset("text", config="plain_text"),
+  "ag_news_subset": Preset("description", classes=4),
+  "imdb_reviews": Preset("text", config="plain_text", classes=2),
   "dbpedia_14": Preset(
-    "content", config="dbpedia_14", repository="fancyzhx/dbpedia_14"
+    "content", config="dbpedia_14", repository="fancyzhx/dbpedia_14", classes=14
   ),
   "yelp_review_full": Preset(
-    "text", config="yelp_review_full", repository="Yelp/yelp_review_full"
+    "text",
+    config="yelp_review_full",
+    repository="Yelp/yelp_review_full",
+    classes=5,
+    escaped=True,
   ),
-  "yelp_polarity_reviews": Preset("text"),
-  "cats_vs_dogs": Preset(
-    "image", train_split="train[:80%]", test_split="train[80%:]", flip=True
-  ),
-  "cifar10": Preset("image", flip=True),
-  "cifar100": Preset("image", flip=True),
-  "mnist": Preset("image"),
+  "yelp_polarity_reviews": Preset("text", classes=2, escaped=True),
+  "cats_vs_dogs": Preset("image", flip=True, classes=2),
+  "cifar10": Preset("image", flip=True, classes=10),
+  "cifar100": Preset("image", flip=True, classes=100),
+  "mnist": Preset("image", classes=10),
 }
+# What Hugging Face calls these features, of the same data.
+_ALIASES = {
+  "description": ("text",),
+  "image": ("img",),
+  "label": ("labels", "fine_label"),
+}
+# Of a data set without a test split, every fifth example is held out to test with.
+HELD_OUT = 5
 
 
 class Task(NamedTuple):
@@ -53,7 +67,7 @@ class Task(NamedTuple):
 
   `train` and `test` are sequences of `{"input": ..., "label": int}`, where an input is
   a string or a uint8 image [height, width, channels]. `flip` says that a mirrored image
-  keeps its label.
+  keeps its label, `sizes_differ` that those of images may.
   """
 
   name: str
@@ -63,6 +77,7 @@ class Task(NamedTuple):
   classes: int
   label_names: tuple[str, ...]
   flip: bool = False
+  sizes_differ: bool = False
 
 
 def load_task(
@@ -87,7 +102,9 @@ def load_task(
       preset's, or else what the data set names as its supervised input.
     label_key: the feature that holds the class; as `input_key`.
     train_split: by default the preset's, or else "train"; parts like "train[:80%]".
-    test_split: by default the preset's, or else "test".
+    test_split: by default "test", or "validation" where there is none; where there is
+      neither, every `HELD_OUT`-th example of the training split is tested with, and
+      not trained on.
 
   Raises:
     ValueError: if there is no such data set, feature or split, if they do not make a
@@ -96,39 +113,78 @@ def load_task(
     RuntimeError: if the data set is not prepared and cannot be downloaded.
   """
   parts = parts_of(name)
-  preset = PRESETS.get(parts.base)
+  preset = preset_named(parts.base)
   builder = find_builder(parts, data_dir, preset, tuple(PRESETS))
-  preset = preset or Preset(*_supervised(name, builder.info, input_key, label_key))
   features = builder.info.features
+  if preset is None:
+    preset = Preset(*_supervised(name, builder.info, input_key, label_key))
+  else:
+    preset = preset._replace(
+      input_key=_present(preset.input_key, features),
+      label_key=_present(preset.label_key, features),
+    )
   input_key = preset.input_key if input_key is None else input_key
   label_key = preset.label_key if label_key is None else label_key
   kind = _kind(name, features, input_key)
-  label = _feature(name, features, "label_key", label_key)
-  if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
-    raise ValueError(
-      f"label_key={label_key!r}: expected a class of {name}, got "
-      f"{_describe(label)}. {_list(features)}"
-    )
-  splits = {
-    "train": preset.train_split if train_split is None else train_split,
-    "test": preset.test_split if test_split is None else test_split,
-  }
-  check_splits(name, builder.info, splits)
+  classes, names = _classes(name, features, label_key, preset)
+  train_split = preset.train_split if train_split is None else train_split
+  if test_split is None:
+    there = (preset.test_split, "validation")
+    test_split = next((split for split in there if split in builder.info.splits), None)
+  splits = {"train": train_split, "test": test_split}
+  check_splits(name, builder.info, {k: s for k, s in splits.items() if s is not None})
 
-  def read(role: str) -> Examples:
-    source = open_split(name, builder, splits[role])
-    where = f"{name}, split {splits[role]!r}"
+  def read(split: str) -> Examples:
+    source = open_split(name, builder, split)
+    where = f"{name}, split {split!r}"
     keys = input_key, label_key
     if kind == "image":
-      channels = features[input_key].shape[-1]
-      return Images(source, *keys, label.num_classes, where, channels)
+      return Images(source, *keys, classes, where, features[input_key].shape[-1])
     others = [key for key, f in features.items() if _is_text(f) and key != input_key]
-    return Texts(source, *keys, label.num_classes, where, others)
+    return Texts(source, *keys, classes, where, others, preset.escaped)
 
-  names = tuple(label.names)
-  return Task(
-    name, kind, read("train"), read("test"), label.num_classes, names, preset.flip
+  train = read(train_split)
+  if test_split is None:
+    print(f"{name} has no test split: one of {HELD_OUT} of {train_split!r} is held out")
+    train, test = split_in_two(train, HELD_OUT)
+  else:
+    test = read(test_split)
+  sizes_differ = kind == "image" and None in features[input_key].shape[:2]
+  return Task(name, kind, train, test, classes, names, preset.flip, sizes_differ)
+
+
+def preset_named(base: str) -> Preset | None:
+  """The preset of a data set's name, without or with who has it at Hugging Face."""
+  return PRESETS.get(base.rpartition("__")[2])
+
+
+def _present(key: str, features: tfds.features.FeaturesDict) -> str:
+  """The key, or what Hugging Face calls it where there is no such feature."""
+  if key in features:
+    return key
+  return next((other for other in _ALIASES.get(key, ()) if other in features), key)
+
+
+def _classes(
+  name: str, features: tfds.features.FeaturesDict, key: str, preset: Preset
+) -> tuple[int, tuple[str, ...]]:
+  """Number and names of the classes of a label."""
+  label = _feature(name, features, "label_key", key)
+  if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
+    return label.num_classes, tuple(label.names)
+  if preset.classes and key == preset.label_key and _is_integer(label):
+    return preset.classes, tuple(map(str, range(preset.classes)))
+  raise ValueError(
+    f"label_key={key!r}: expected a class of {name}, got {_describe(label)}. "
+    f"{_list(features)}"
   )
+
+
+def _is_integer(feature: tfds.features.FeatureConnector) -> bool:
+  # A class without a number of classes is one, too.
+  if not isinstance(feature, tfds.features.Tensor) or feature.shape:
+    return False
+  return np.issubdtype(np.dtype(feature.np_dtype), np.integer)
 
 
 def _is_text(feature: tfds.features.FeatureConnector) -> bool:

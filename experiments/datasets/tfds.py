@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import itertools
 import pathlib
 import re
 from typing import Any, NamedTuple, Protocol
@@ -65,6 +66,8 @@ def find_builder(
   if source and source.repository:
     hosted = f"{source.repository.replace('/', '__').lower()}/{source.config}"
     names.append(hosted)
+  if not parts.rest:  # as Hugging Face calls the only configuration of most
+    names += [f"{name.split('/')[0]}/default" for name in names]
   for candidate in names:
     try:
       return builder_from_files(candidate, data_dir=data_dir)
@@ -140,7 +143,7 @@ def _unknown(
 
 
 def check_splits(name: str, info: Any, splits: dict[str, str]) -> None:
-  """Checks the `train` and `test` split of a data set, by its information of TFDS.
+  """Checks the `train` split of a data set, and `test` if there is one.
 
   Raises:
     ValueError: if one does not exist or is empty, or if they share examples.
@@ -160,8 +163,8 @@ def check_splits(name: str, info: Any, splits: dict[str, str]) -> None:
         f"{role}_split={split!r}: holds no example of {name}. There are: {there}"
       )
     taken.append(found.file_instructions)
-  for first in taken[0]:
-    for second in taken[1]:
+  for pair in itertools.combinations(taken, 2):
+    for first, second in itertools.product(*pair):
       stops = first.skip + first.take, second.skip + second.take
       if first.filename == second.filename and (
         max(first.skip, second.skip) < min(stops)

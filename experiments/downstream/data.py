@@ -1,12 +1,12 @@
 """Data to train on, to choose parameters by, and to shift to."""
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from experiments.datasets.examples import Examples, Texts, evenly, read_many
+from experiments.datasets.examples import Examples, Taken, Texts, evenly
 from experiments.datasets.loaders import Batch, Transform, loader
 from experiments.datasets.prepare import Coder, Prepared, prepare
 from experiments.datasets.tasks import Task, load_task
@@ -72,9 +72,11 @@ def load(
 
 
 def image_size_of(task: Task, preset: Preset) -> int | None:
-  """The preset's, or `None` for small square images that patches divide."""
+  """The preset's, or `None` for small square images, all alike, that patches divide."""
   if task.kind == "text":
     return None
+  if task.sizes_differ:
+    return preset.image_size
   height, width, _ = task.train[0]["input"].shape
   fits = height == width <= SMALL_SIDE and not height % patch_of(preset, height)
   return None if fits else preset.image_size
@@ -89,23 +91,7 @@ def take(source: Source, indices: np.ndarray) -> Source:
   """Some examples, in the order of `indices`."""
   if isinstance(source, Mapping):
     return {name: array[indices] for name, array in source.items()}
-  return _Taken(source, indices)
-
-
-class _Taken:
-  """Some examples of a sequence that decodes when asked."""
-
-  def __init__(self, examples: Examples, indices: np.ndarray):
-    self._examples, self._indices = examples, indices
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self._examples[int(self._indices[index])]
-
-  def read(self, indices: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
-    return read_many(self._examples, self._indices[np.asarray(indices)])
+  return Taken(source, indices)
 
 
 def training_batches(data: Data, batch_size: int, seed: int):

@@ -9,6 +9,7 @@ from experiments.common.attentions import build_functions
 from experiments.common.models import Classifier, EncoderConfig
 from experiments.common.train import TrainConfig
 from experiments.datasets.prepare import Prepared
+from experiments.datasets.tfds import parts_of
 from experiments.downstream.models import TextEncoder, VisionTransformer
 
 # Images up to this side keep their size if the patches fit.
@@ -147,12 +148,18 @@ _LONG_REVIEWS: dict[str, Any] = {
   "dropout": 0.2,
   "token_dropout": 0.3,
 }
+_BOTH_ENDS = {"length": 128, "keep": "both"}
+_YELP = ("yelp_review_full", "yelp_polarity_reviews")
 _OWN: dict[tuple[str, str], dict[str, Any]] = {
   **{(size, "imdb_reviews"): _LONG_REVIEWS for size in ("tiny", "few")},
+  **{(size, name): _BOTH_ENDS for size in ("tiny", "few") for name in _YELP},
   # Their texts have fifty tokens.
   ("pretrained", "ag_news_subset"): {"length": 64},
   # So that a run on two cores takes less than half an hour.
-  ("pretrained", "imdb_reviews"): {"keep": "both", "steps": 240, "distil_steps": 120},
+  **{
+    ("pretrained", name): {"keep": "both", "steps": 240, "distil_steps": 120}
+    for name in ("imdb_reviews", *_YELP)
+  },
 }
 
 
@@ -164,7 +171,8 @@ def preset_of(size: str, kind: str, name: str) -> Preset:
     kind: "text" or "image".
     name: of the data set, with or without a configuration.
   """
-  own = _OWN.get((size, name.partition("/")[0].partition(":")[0]), {})
+  base = parts_of(name).base.rpartition("__")[2]
+  own = _OWN.get((size, base), {})
   return dataclasses.replace(PRESETS[size][kind], **own)
 
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     type=_name,
     nargs="+",
     default=ATTENTIONS,
-    help=f"{', '.join(ATTENTIONS)}, sinkhorn@k",
+    help=f"{', '.join(ATTENTIONS)}, qr, cayley, qontot, sinkhorn@k",
   )
   parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="as 0,1,2")
   parser.add_argument("--steps", type=whole(1), default=600, help="training steps")

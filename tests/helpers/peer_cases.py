@@ -138,6 +138,7 @@ OPTIONS = {
   "sinkformer": ("half_steps",),
   "lot": ("iterations",),
   "esp": ("hard",),
+  "qontot": ("layers", "auxiliaries"),
   "differential": ("normalise",),
 }
 JITTED = {
@@ -212,6 +213,15 @@ CASES = {
     "cayley",
     lambda q, k, h, s, alpha: papers.cayley(alpha * s),
     learned={"alpha": jnp.float32(0.7)},
+    square=True,
+    bias=False,
+    ordered=True,
+  ),
+  "qontot": Case(
+    "qontot",
+    lambda q, k, h, s, theta: papers.qontot(s, theta[h], 3, data=3, auxiliaries=1),
+    {"layers": 3, "auxiliaries": 1},
+    {"theta": normal(HEADS, 64)},
     square=True,
     bias=False,
     ordered=True,

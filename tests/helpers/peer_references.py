@@ -1,5 +1,6 @@
 """The peers' papers in NumPy float64, with loops, on one head's present tokens."""
 
+import functools
 from fractions import Fraction
 
 import numpy as np
@@ -50,6 +51,60 @@ def cayley(logits):
   """Squares of (I - A)(I + A)^-1 for the skew part A = S - S^T."""
   skew, one = logits - logits.T, np.eye(len(logits))
   return squares((one - skew) @ np.linalg.inv(one + skew))
+
+
+def rotation(axis, angle):
+  """exp(-i angle / 2 times the Pauli matrix of an axis)."""
+  pauli = {"x": [[0, 1], [1, 0]], "y": [[0, -1j], [1j, 0]], "z": [[1, 0], [0, -1]]}
+  turned = 1j * np.sin(angle / 2) * np.array(pauli[axis])
+  return np.cos(angle / 2) * np.eye(2) - turned
+
+
+def on_qubits(qubits, factors):
+  """Kronecker product of matrices on some qubits, by number, and ones elsewhere."""
+  each = [factors.get(qubit, np.eye(2)) for qubit in range(qubits)]
+  return functools.reduce(np.kron, each)
+
+
+def cnot_unit(angles, control, target, qubits):
+  """A CNOT, then rotations about y and z on its control, y and x on its target."""
+  cnot = on_qubits(qubits, {control: np.diag([1, 0])}) + on_qubits(
+    qubits, {control: np.diag([0, 1]), target: np.array([[0, 1], [1, 0]])}
+  )
+  of_control = rotation("z", angles[1]) @ rotation("y", angles[0])
+  of_target = rotation("x", angles[3]) @ rotation("y", angles[2])
+  return on_qubits(qubits, {control: of_control, target: of_target}) @ cnot
+
+
+def circuit(angles, qubits):
+  """The unitary matrix of layers of blocks, of their angles [layers, blocks, 4]."""
+  unitary = np.eye(2**qubits)
+  for layer, blocks in enumerate(angles):
+    for block, own in enumerate(blocks):
+      control = (layer + 2 * block) % qubits
+      unit = cnot_unit(own, control, (control + 1) % qubits, qubits)
+      unitary = unit @ unitary
+  return unitary
+
+
+def qontot(logits, theta, layers, data, auxiliaries):
+  """The plan of a circuit, closed among the tokens if there are fewer than 2^data."""
+  n, size, qubits = len(logits), 2**data, data + auxiliaries
+  blocks = qubits // 2
+  entries = np.zeros((size, size))
+  entries[:n, :n] = logits
+  angles = np.zeros(layers * blocks * 4)
+  for place in range(max(entries.size, angles.size)):
+    entry = entries.flat[place % entries.size]
+    angles[place % angles.size] += theta[place] * entry
+  unitary = circuit(angles.reshape(layers, blocks, 4), qubits)
+  s = 2**auxiliaries
+  plan = np.zeros((size, size))
+  for i, j in np.ndindex(plan.shape):
+    part = unitary[i * s : (i + 1) * s, j * s : (j + 1) * s]
+    plan[i, j] = np.sum(np.abs(part) ** 2) / s
+  given, got = plan[:n, n:].sum(1), plan[n:, :n].sum(0)
+  return plan[:n, :n] + (np.outer(given, got / given.sum()) if n < size else 0.0)
 
 
 def soft_sort(x, t):

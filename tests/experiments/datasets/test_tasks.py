@@ -205,6 +205,98 @@ def test_strings_of_the_hub_are_texts(tmp_path):
   assert task.label_names == ("1 star", "2 star")
 
 
+def test_without_a_test_split_every_fifth_example_is_held_out(tmp_path, capsys):
+  rows = texts([(f"text {i}", i % 2) for i in range(12)])
+  tfds_sets.write(tmp_path, "imdb_reviews/plain_text", text_features(), {"train": rows})
+  task = load_task("imdb_reviews", data_dir=tmp_path)
+  assert "has no test split: one of 5 of 'train' is held out" in capsys.readouterr().out
+  everything = [f"text {i}" for i in range(12)]
+  assert [row["input"] for row in task.test] == ["text 4", "text 9"]
+  trained_on = [row["input"] for row in task.train]
+  assert trained_on == [text for text in everything if text not in ("text 4", "text 9")]
+  read = [row["input"] for row in task.train.read(np.array([0, 4]))]
+  assert read == ["text 0", "text 5"]
+
+
+def test_a_validation_split_is_tested_with_where_there_is_no_other(tmp_path):
+  splits = {"train": texts(PAIRS), "validation": texts(PAIRS[:2])}
+  tfds_sets.write(tmp_path, "imdb_reviews/plain_text", text_features(), splits)
+  task = load_task("imdb_reviews", data_dir=tmp_path)
+  assert (len(task.train), len(task.test)) == (4, 2)
+
+
+def test_a_preset_takes_labels_that_are_integers(tmp_path):
+  features = text_features() | {"label": tfds.features.Scalar(np.int64)}
+  splits = {"train": texts(PAIRS), "test": texts([("fine", 4)])}
+  tfds_sets.write(tmp_path, "yelp_review_full", features, splits)
+  task = load_task("yelp_review_full", data_dir=tmp_path)
+  assert (task.classes, task.label_names) == (5, ("0", "1", "2", "3", "4"))
+  assert task.test[0]["label"] == 4
+
+
+@pytest.mark.parametrize(
+  ("name", "where", "image", "label"),
+  [
+    ("cats_vs_dogs", "cats_vs_dogs/default", "image", "labels"),
+    ("cifar100", "cifar100", "img", "fine_label"),
+  ],
+)
+def test_features_by_their_names_at_the_hub(tmp_path, name, where, image, label):
+  features = {
+    image: tfds.features.Image(),
+    label: tfds.features.ClassLabel(num_classes=2),
+    "coarse_label": tfds.features.ClassLabel(num_classes=2),
+  }
+  value = png(np.zeros((32, 32, 3), np.uint8))
+  rows = [{image: value, label: i % 2, "coarse_label": 0} for i in range(5)]
+  tfds_sets.write(tmp_path, where, features, {"train": rows, "test": rows})
+  task = load_task(name, data_dir=tmp_path)
+  assert [row["label"] for row in task.train] == [0, 1, 0, 1, 0]
+  assert task.sizes_differ
+
+
+def test_few_empty_texts_stay(tmp_path, capsys):
+  rows = texts([("a", 0)] * 99 + [(" ", 1)])
+  tfds_sets.write(tmp_path, "films", text_features(), {"train": rows, "test": rows[:9]})
+  task = load_films(tmp_path)
+  assert (len(task.train), task.train[99]["input"]) == (100, " ")
+  assert "'train': 1 of 100 texts are empty, and stay" in capsys.readouterr().out
+
+
+def test_reviews_of_yelp_have_line_ends(tmp_path):
+  task = load_task("yelp_review_full", data_dir=tfds_sets.write_yelp(tmp_path))
+  assert task.train[0]["input"].endswith('.\n\nI "like" it')
+  assert task.label_names[0] == "1 star"
+
+
+def test_cats_and_dogs_are_of_any_size_and_in_colour(tmp_path):
+  task = load_task("cats_vs_dogs", data_dir=tfds_sets.write_cats(tmp_path))
+  assert task.sizes_differ
+  assert (len(task.train), len(task.test)) == (48, 12)
+  rows = [*task.train, *task.test]
+  assert len({row["input"].shape[:2] for row in rows}) > 50
+  assert {row["input"].shape[2] for row in rows} == {3}
+  # Though the classes come one after the other.
+  assert {row["label"] for row in task.test} == {0, 1}
+
+
+def test_labels_of_cifar100_are_fine_or_coarse(tmp_path):
+  tfds_sets.write_cifar100(tmp_path)
+  fine = load_task("cifar100", data_dir=tmp_path)
+  coarse = load_task("cifar100", data_dir=tmp_path, label_key="coarse_label")
+  assert (fine.classes, coarse.classes) == (100, 20)
+  assert [row["label"] // 5 for row in fine.train] == [r["label"] for r in coarse.train]
+  assert not fine.sizes_differ
+
+
+def test_texts_of_dbpedia_are_its_contents(tmp_path):
+  task = load_task("dbpedia_14", data_dir=tfds_sets.write_dbpedia(tmp_path))
+  assert (task.classes, task.label_names[13]) == (14, "Kind 13")
+  assert task.train[3]["input"] == "caf\ufffd in word3"
+  titles = load_task("dbpedia_14", data_dir=tmp_path, input_key="title")
+  assert titles.train[3]["input"] == "Name 3"
+
+
 def preset_set(folder, name):
   """A directory of the features and splits that a preset's data set has."""
   preset = PRESETS[name]

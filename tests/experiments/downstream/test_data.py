@@ -35,6 +35,13 @@ def test_large_and_odd_images_are_scaled(side, expected):
   assert sources.image_size_of(given, preset) == expected
 
 
+def test_images_whose_sizes_may_differ_are_scaled():
+  preset = PRESETS["tiny"]["image"]
+  one = [{"input": np.zeros((8, 8, 3), np.uint8), "label": 0}]
+  given = Task("images", "image", one, one, 2, ("a", "b"), sizes_differ=True)
+  assert sources.image_size_of(given, preset) == 32
+
+
 def test_examples_that_are_decoded_when_asked():
   source = images(7)
   found = sources.take(source, np.array([5, 1, 3]))

@@ -69,6 +69,17 @@ def test_claims_are_on_methods_that_were_measured():
   assert set(claims.CLAIMS) <= set(peers.ATTENTIONS)
 
 
+def test_only_a_claim_that_failed_says_what_that_is_due_to():
+  rows = [row_of("softmax"), row_of("differential", accuracies=[0.99, 0.99, 0.99])]
+  *_, better = claims.judge(rows)
+  *_, worse = claims.judge([rows[0], row_of("differential")])
+  *_, unknown = claims.judge([row_of("differential")])
+  found = [verdict.reproduced for verdict in (better, worse, unknown)]
+  assert found == [True, False, None]
+  due = ["due to: size" in str(verdict) for verdict in (better, worse, unknown)]
+  assert due == [False, True, False]
+
+
 def test_figure_takes_more_methods_than_colours(tmp_path):
   cost = {"rank_residual": [0.9, 0.5], "accuracy": 0.9}
   rows = [row_of(name, **cost) for name in peers.ATTENTIONS]
