@@ -89,15 +89,18 @@ def test_the_step_of_training_moves_a_mixture(tmp_path):
   assert losses["mixed", 0] != pytest.approx(losses["mixed", 2000], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_distillation_comes_nearer_to_softmax_and_reads_no_label(softmax):
-  encoder = roads.convert(softmax, "distil", SINKHORN, [batch(1)])
-  given = ({**batch(seed), "label": np.full(16, -1)} for seed in range(1, 100))
-  config = roads.distilling(30, 16)
+  for block in softmax.blocks:
+    block.attention.query.kernel[...] *= 30.0  # plans that differ
+  encoder = roads.convert(softmax, "switch", SINKHORN, [batch(1)])
+  given = ({**batch(seed), "label": np.full(16, -1)} for seed in range(1, 200))
+  config = roads.distilling(100, 16)
   before = embeddings(encoder, batch())
   near = roads.distil(encoder, softmax, given, config, "test")
   np.testing.assert_array_equal(embeddings(encoder, batch()), before)
   wanted, found = (embeddings(each, batch()) for each in (softmax, near))
-  assert np.linalg.norm(found - wanted) < 0.7 * np.linalg.norm(before - wanted)
+  assert np.linalg.norm(found - wanted) < 0.9 * np.linalg.norm(before - wanted)
   function = near.blocks[0].attention.attention_fn
   assert function.keywords == SINKHORN
 
