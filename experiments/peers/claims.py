@@ -145,7 +145,10 @@ _NOISE = (
   "size: of 360 test images one is 0.003 of the accuracy, and three seeds see no small "
   "gain; more seeds decide"
 )
-_SHORT = "size: 64 tokens; it grows with n or n log n, Sinkhorn with n^2: greater lengths decide"
+_SHORT = (
+  "size: 64 tokens; it grows with n or n log n, Sinkhorn with n^2, so that greater "
+  "lengths decide"
+)
 _SETTING = "setting: exact at convergence (tests/peers), but"
 _TRAINS_SLOWLY = (
   "setting or size: steps and learning rate are those of all others, temperatures and "
