@@ -194,7 +194,7 @@ def gaussian_map(heads: int, dim: int) -> DualMap:
   return DualMap(jnp.ones((heads, 1, dim)), weights, FEATURES)
 
 
-@attention_fn(is_pair=True, takes_segments=True)
+@attention_fn(is_pair=True, takes_segments=True, takes_masses=True)
 def _in_training(
   inputs: Inputs,
   *,
