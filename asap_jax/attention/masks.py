@@ -99,7 +99,9 @@ def weighted(
     of_keys = log_masses(masses[1])[..., None, :]
     bias = of_keys if bias is None else bias + of_keys
   shape = *inputs.query.shape[:-1], inputs.key.shape[-2]
-  pairs = jnp.broadcast_to(valid_pairs(*masses), shape)
+  pairs = valid_pairs(*masses)
+  assert pairs is not None  # one side has masses
+  pairs = jnp.broadcast_to(pairs, shape)
   return dataclasses.replace(
     inputs,
     allowed=pairs if allowed is None else pairs & allowed,
