@@ -71,10 +71,9 @@ class OptimalMatching(nnx.Module):
     self.log_temperature = nnx.Param(jnp.asarray(math.log(temperature)))
     self.dustbin = nnx.Param(jnp.asarray(float(dustbin)))
     self.iterations, self.start = iterations, start
-    self.map = None
-    if isinstance(operator, Asap):
-      self.map, operator = AsapAttention(operator.dual_map), None
-    self.operator = nnx.static(operator)
+    is_map = isinstance(operator, Asap)
+    self.map = nnx.data(AsapAttention(operator.dual_map) if is_map else None)
+    self.operator = nnx.static(None if is_map else operator)
 
   def __call__(
     self,

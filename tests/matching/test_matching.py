@@ -24,7 +24,7 @@ from asap_jax.matching import (
   sinkhorn_matching,
 )
 
-N, M, DIM, Z, T = 9, 7, 5, 0.7, 0.4
+N, M, DIM, Z, T = 9, 7, 5, 0.7, 1.0
 KEYS = jax.random.split(jax.random.key(0), 2)
 QUERY = jax.random.normal(KEYS[0], (2, N, DIM))
 KEY = jax.random.normal(KEYS[1], (2, M, DIM))
@@ -35,9 +35,6 @@ FORMS = {
   "exact": sinkhorn_matching,
   "compiled": functools.partial(
     asap_matching, operator=asap_jax.compiler.operators.Asap(MAP)
-  ),
-  "iterations": functools.partial(
-    asap_matching, operator=asap_jax.compiler.Sinkhorn(2, start="gaussian")
   ),
   "amortized": lambda query, key, dustbin, *masks, temperature: AmortizedMatching(
     DIM, temperature, dustbin
@@ -110,17 +107,16 @@ def test_known_matches_among_outliers(name):
     (points[:20] @ key.T).max(-1) > 0.8, (points[:20] @ key.T).argmax(-1), -1
   )
   given = jnp.asarray(query, jnp.float32), jnp.asarray(key, jnp.float32)
-  if name in ("compiled", "amortized"):
-    operator = asap_jax.compiler.operators.Asap(
-      asap_jax.DualMap(jnp.ones((1, 1, 34)), jnp.zeros((1, 36)), MAP.features)
-    )
-    form = functools.partial(asap_matching, operator=operator)
-    if name == "amortized":
-      form = lambda query, key, z, temperature: AmortizedMatching(32, temperature, z)(
-        query, key
-      )
-  else:
-    form = FORMS[name]
+  operator = asap_jax.compiler.operators.Asap(
+    asap_jax.DualMap(jnp.ones((1, 1, 34)), jnp.zeros((1, 36)), MAP.features)
+  )
+  form = {
+    "exact": sinkhorn_matching,
+    "compiled": functools.partial(asap_matching, operator=operator),
+    "amortized": lambda *given, temperature: AmortizedMatching(
+      32, temperature, given[2]
+    )(*given[:2]),
+  }[name]
   found = matches(form(*given, 8.0, temperature=0.06))
   np.testing.assert_array_equal(found.key, expected)
   assert (found.confidence[expected >= 0] > 0.5).all()
@@ -201,7 +197,8 @@ def test_a_module_learns_temperature_and_dustbin_and_its_map_on_its_own_loss():
   before, slopes = both(layer)
   of_map = nnx.filter_state(slopes, asap_jax.DualParam)
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(of_map)) > 0
-  assert slopes["dustbin"][...] != 0 and slopes["log_temperature"][...] != 0
+  assert slopes["dustbin"][...] != 0
+  assert slopes["log_temperature"][...] != 0
   parameters = nnx.state(layer, asap_jax.DualParam)
   moved = jax.tree.map(lambda x, slope: x - 0.002 * slope, parameters, of_map)
   target = jnp.stack([jnp.exp(plainly(QUERY[i], KEY[i])) for i in range(2)])
