@@ -17,13 +17,12 @@ from asap_jax.matching.problem import (
   matches,
   matching_problem,
 )
-from asap_jax.matching.starts import MatchingStart, matching_start
+from asap_jax.matching.starts import matching_start
 
 __all__ = [
   "AmortizedMatching",
   "Matches",
   "MatchingProblem",
-  "MatchingStart",
   "OptimalMatching",
   "asap_matching",
   "matches",
