@@ -2,8 +2,8 @@
 # # Matching two images
 #
 # Keypoints of two photographs of one scene, and an optimal matching between them: every
-# keypoint goes to its partner, or to a dustbin. The pair comes with scikit-image, and its
-# disparity says which matches are right.
+# keypoint goes to its partner, or to a dustbin. The pair comes with scikit-image, and
+# its disparity says which matches are right.
 
 # %%
 import jax.numpy as jnp

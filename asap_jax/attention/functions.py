@@ -93,8 +93,8 @@ def sinkhorn_attention(
       dropped they are formed, whichever is named. Half an iteration is none of
       OTT-JAX's: there `"ott"` takes the best of the others.
     start: `"zero"` (with masses their logarithms), or a potential of Gaussians with the
-      moments of queries and keys (`asap_jax.gaussian_potential`): `"gaussian"` is `"gaussian_low_rank"`, and there
-      are `"gaussian_diagonal"` and `"gaussian_full"`.
+      moments of queries and keys (`asap_jax.gaussian_potential`): `"gaussian"` is
+      `"gaussian_low_rank"`, and there are `"gaussian_diagonal"` and `"gaussian_full"`.
     relaxation: omega of over-relaxation between iterations (`asap_jax.closures`), from
       1 to below 2; not with `"ott"`. About 1.5 gains from the third iteration on,
       more from zero than from a start that is near; with two it may lose.

@@ -125,7 +125,7 @@ def learned_methods(
     f"asap@{k}": fit(Recipe(closures=k, refine_steps=steps, **_MAP)) for k in COMPILED
   }
   made["best"] = fit(None, target_tv=TARGET)
-  print(made["best"].report)
+  print(f"The best within TV {TARGET}: {made['best'].report.chosen}")
   methods: dict[str, Method] = {
     name: functools.partial(
       asap_matching, operator=fitted.attention_fn.operator, **options
