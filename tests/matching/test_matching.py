@@ -31,15 +31,22 @@ KEY = jax.random.normal(KEYS[1], (2, M, DIM))
 MAP = asap_jax.DualMap(
   jnp.ones((1, 1, DIM + 2)), 0.3 * jnp.ones((1, DIM + 4)), ("query", "cumulants")
 )
-FORMS = {
-  "exact": sinkhorn_matching,
-  "compiled": functools.partial(
-    asap_matching, operator=asap_jax.compiler.operators.Asap(MAP)
-  ),
-  "amortized": lambda query, key, dustbin, *masks, temperature: AmortizedMatching(
-    DIM, temperature, dustbin
-  )(query, key, *masks),
-}
+exact = jax.jit(
+  sinkhorn_matching, static_argnames=("iterations", "start", "implementation")
+)
+
+
+@functools.partial(jax.jit, static_argnames=("dustbin", "temperature"))
+def amortized(query, key, dustbin, *masks, temperature):
+  return AmortizedMatching(query.shape[-1], temperature, dustbin)(query, key, *masks)
+
+
+def compiled(dual_map):
+  operator = asap_jax.compiler.operators.Asap(dual_map)
+  return jax.jit(functools.partial(asap_matching, operator=operator))
+
+
+FORMS = {"exact": exact, "compiled": compiled(MAP), "amortized": amortized}
 every = pytest.mark.parametrize("name", FORMS)
 
 
@@ -57,12 +64,10 @@ def plainly(query, key, z=Z, temperature=T, iterations=2000, start=None):
 
 
 def test_against_float64_at_convergence_and_after_two_iterations():
-  found = sinkhorn_matching(QUERY, KEY, Z, temperature=T, iterations=200)
+  found = exact(QUERY, KEY, Z, temperature=T, iterations=200)
   for i in range(2):
     np.testing.assert_allclose(found[i], plainly(QUERY[i], KEY[i]), atol=1e-4)
-  cut = sinkhorn_matching(
-    QUERY[0], KEY[0], Z, temperature=T, iterations=2, start="zero"
-  )
+  cut = exact(QUERY[0], KEY[0], Z, temperature=T, iterations=2, start="zero")
   masses = np.log(np.r_[np.ones(N), M])
   expected = plainly(QUERY[0], KEY[0], iterations=2, start=masses)
   np.testing.assert_allclose(cut, expected, atol=2e-5)
@@ -77,7 +82,7 @@ def test_against_ott():
   plan = (N + M) * sinkhorn.Sinkhorn(threshold=1e-6)(problem).matrix
   for implementation in ("xla", "ott"):
     options = {"temperature": T, "iterations": 200, "implementation": implementation}
-    found = jnp.exp(sinkhorn_matching(QUERY[0], KEY[0], Z, **options))
+    found = jnp.exp(exact(QUERY[0], KEY[0], Z, **options))
     np.testing.assert_allclose(found, plan, atol=2e-5)
 
 
@@ -91,7 +96,7 @@ def test_the_start_gives_the_dustbin_its_mass():
     given = np.float64(scores) + np.r_[np.zeros(n), f[i, -1]][:, None]
     columns = np.exp(given - logsumexp(given, axis=0)) * np.r_[np.ones(M), n]
     np.testing.assert_allclose(columns[-1].sum(), M, rtol=1e-5)
-  one = sinkhorn_matching(QUERY[0], KEY[0], Z, temperature=T, iterations=1)
+  one = exact(QUERY[0], KEY[0], Z, temperature=T, iterations=1)
   plain = plainly(QUERY[0], KEY[0], iterations=1, start=f[0])
   np.testing.assert_allclose(one, plain, atol=2e-5)
 
@@ -107,16 +112,8 @@ def test_known_matches_among_outliers(name):
     (points[:20] @ key.T).max(-1) > 0.8, (points[:20] @ key.T).argmax(-1), -1
   )
   given = jnp.asarray(query, jnp.float32), jnp.asarray(key, jnp.float32)
-  operator = asap_jax.compiler.operators.Asap(
-    asap_jax.DualMap(jnp.ones((1, 1, 34)), jnp.zeros((1, 36)), MAP.features)
-  )
-  form = {
-    "exact": sinkhorn_matching,
-    "compiled": functools.partial(asap_matching, operator=operator),
-    "amortized": lambda *given, temperature: AmortizedMatching(
-      32, temperature, given[2]
-    )(*given[:2]),
-  }[name]
+  blank = asap_jax.DualMap(jnp.ones((1, 1, 34)), jnp.zeros((1, 36)), MAP.features)
+  form = compiled(blank) if name == "compiled" else FORMS[name]
   found = matches(form(*given, 8.0, temperature=0.06))
   np.testing.assert_array_equal(found.key, expected)
   assert (found.confidence[expected >= 0] > 0.5).all()
@@ -143,8 +140,8 @@ def test_batches_under_jit_and_vmap_are_single_pairs(name):
 
 def test_descriptors_of_16_bits_lose_nothing_more():
   narrow = QUERY.astype(jnp.bfloat16), KEY.astype(jnp.bfloat16)
-  found = sinkhorn_matching(*narrow, Z, temperature=T)
-  wide = sinkhorn_matching(*(x.astype(jnp.float32) for x in narrow), Z, temperature=T)
+  found = exact(*narrow, Z, temperature=T)
+  wide = exact(*(x.astype(jnp.float32) for x in narrow), Z, temperature=T)
   assert found.dtype == jnp.float32
   np.testing.assert_array_equal(found, wide)
 
@@ -156,7 +153,7 @@ def test_gradients_are_differences_of_float64(start):
   @jax.jit
   def loss(query, key, z, temperature):
     options = {"iterations": 3, "start": start, "temperature": temperature}
-    return (sinkhorn_matching(query, key, z, **options) * cotangent).sum()
+    return (exact(query, key, z, **options) * cotangent).sum()
 
   def of_start(query, key, z, temperature):
     masses = np.log(np.r_[np.ones(N), M])
@@ -225,15 +222,15 @@ def test_a_fitted_operator_is_nearer_than_what_takes_its_time():
   fitted = asap_jax.fit(calls, recipe, iterations=100, scale=1.0, progress=False)
   layer = OptimalMatching(1.0, Z, operator=fitted.attention_fn.operator)
   assert len(jax.tree.leaves(nnx.state(layer, asap_jax.DualParam))) > 1
-  found, one, exact = (
+  found, one, wanted = (
     jnp.exp(x)
     for x in (
       layer(*pair(99)),
-      sinkhorn_matching(*pair(99), Z, iterations=1, start="gaussian"),
-      sinkhorn_matching(*pair(99), Z, iterations=500),
+      exact(*pair(99), Z, iterations=1, start="gaussian"),
+      exact(*pair(99), Z, iterations=500),
     )
   )
-  assert jnp.abs(found - exact).sum() < 0.5 * jnp.abs(one - exact).sum()
+  assert jnp.abs(found - wanted).sum() < 0.5 * jnp.abs(one - wanted).sum()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +250,7 @@ def test_a_fitted_operator_is_nearer_than_what_takes_its_time():
       lambda: sinkhorn_matching(QUERY, KEY, implementation="cudnn"),
       "implementation='cudnn'",
     ),
-    (lambda: FORMS["compiled"](QUERY[..., 1:], KEY[..., 1:]), "expected one of dim"),
+    (lambda: compiled(MAP)(QUERY[..., 1:], KEY[..., 1:]), "expected one of dim"),
     (lambda: matching_call(matching_problem(QUERY[0], KEY[0])), "expected \\[batch"),
     (lambda: matches(jnp.zeros((3, 1))), r"log_plan has shape \(3, 1\)"),
     (lambda: matches(jnp.zeros((3, 3)), 1.0), "threshold=1.0"),
