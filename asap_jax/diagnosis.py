@@ -256,6 +256,12 @@ class _Seen(nnx.Module):
     )
     given = named_arguments(query, key, value, *args, **kwargs)
     mask, segments = given["mask"], given["segment_ids"]
+    for argument in ("query_weights", "key_weights"):
+      if given[argument] is not None:
+        raise ValueError(
+          f"{argument}: the figures of a diagnosis are those of equal masses; expected "
+          "None"
+        )
     queries, keys = (
       jnp.ones(plan.shape[:-1], bool),
       jnp.ones_like(plan[..., 0, :], bool),

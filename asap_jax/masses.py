@@ -82,6 +82,17 @@ def normalised(weights: Masses, size: Size) -> Float[Array, "... n"]:
   return weights / jnp.where(total > 0, total, 1.0)
 
 
+def log_masses(weights: Masses) -> Float[Array, "..."]:
+  """Logarithms of masses, zero where there is none; zero for points of equal mass.
+
+  A dual contains them (`asap_jax.Duals`), and a potential does not: points in one place
+  have one potential, whatever their masses.
+  """
+  if weights is None or weights.dtype == jnp.bool_:
+    return jnp.zeros((), jnp.float32)
+  return jnp.log(jnp.where(weights > 0, weights, 1.0))
+
+
 def zero_invalid(
   values: Shaped[Array, "..."], weights: Masses, axis: int = -1
 ) -> Shaped[Array, "..."]:

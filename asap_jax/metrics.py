@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from asap_jax.masses import Masses, normalised, valid, zero_invalid
+from asap_jax.masses import mean as mean_of
 
 _TINY = 1e-30
 
@@ -77,25 +78,27 @@ def row_error(plan: Float[Array, "*batch n m"]) -> Float[Array, "*batch n"]:
 
 def column_error(
   plan: Float[Array, "*batch n m"],
-  query_mask: Bool[Array, "..."] | None = None,
-  key_mask: Bool[Array, "..."] | None = None,
+  query_weights: Masses = None,
+  key_weights: Masses = None,
 ) -> Float[Array, "*batch m"]:
   """Relative error of each column sum: $|sum / (n_{valid} / m_{valid}) - 1|$.
 
   Args:
-    plan: attention weights `[..., n, m]`.
-    query_mask: valid queries `[..., n]`, all by default.
-    key_mask: valid keys `[..., m]`, all by default.
+    plan: attention weights `[..., n, m]`; with masses of the queries those of
+      `asap_jax.plan`, whose rows sum to them.
+    query_weights: `None`, mask or masses `[..., n]`.
+    key_weights: the same of the keys, `[..., m]`; columns of masses $b_j$ are to sum to
+      $n_{valid} b_j$.
 
   Returns:
     `[..., m]`, zero at keys that are not valid.
   """
   n, m = plan.shape[-2:]
-  rows = n if query_mask is None else query_mask.sum(-1, keepdims=True)
-  columns = m if key_mask is None else key_mask.sum(-1, keepdims=True)
-  target = rows / jnp.maximum(columns, 1)
+  queries = valid(query_weights)
+  rows = n if queries is None else queries.sum(-1, keepdims=True)
+  target = rows * normalised(key_weights, m)
   error = jnp.abs(plan.sum(-2) / jnp.maximum(target, _TINY) - 1.0)
-  return error if key_mask is None else jnp.where(key_mask, error, 0.0)
+  return zero_invalid(error, key_weights)
 
 
 def column_error_of_means(
@@ -107,9 +110,9 @@ def column_error_of_means(
   r"""The column error that the means of values and outputs show, without the plan.
 
   A plan whose columns are exact keeps the mean: with relative errors $\epsilon_j$ of
-  the columns of a plan A with exact rows, n valid queries and keys of masses $b_j$,
+  the columns of a plan A with rows that sum to one, and masses $a_i$ and $b_j$,
 
-  $$\frac{1}{n} \sum_i (A v)_i - \sum_j b_j v_j = \sum_j b_j \epsilon_j v_j.$$
+  $$\sum_i a_i (A v)_i - \sum_j b_j v_j = \sum_j b_j \epsilon_j v_j.$$
 
   What is returned is the root mean square of $\epsilon$ that lets expect so much, were
   the errors dealt to the keys at random. Where they go with the values it is off by a
@@ -133,15 +136,12 @@ def column_error_of_means(
     >>> column_error_of_means(values, jnp.ones((2, 1))).tolist()  # all to the first key
     1.0
   """
-  n, m = output.shape[-2], value.shape[-2]
+  m = value.shape[-2]
   value, output = value.astype(jnp.float32), output.astype(jnp.float32)
   value = zero_invalid(value, key_weights, axis=-2)
-  output = zero_invalid(output, query_weights, axis=-2)
   b = normalised(key_weights, m)
-  present = valid(query_weights)
-  count = n if present is None else jnp.maximum(present.sum(-1), 1)[..., None]
   mean = (b[..., None] * value).sum(-2)
-  moved = output.sum(-2) / count - mean
+  moved = mean_of(output, query_weights, axis=-2)[..., 0, :] - mean
   deviation = (b * ((value - mean[..., None, :]) ** 2).sum(-1)).sum(-1)
   # Of unequal masses fewer keys count; the errors of one follow from the others'.
   free = 1.0 / jnp.maximum((b * b).sum(-1), _TINY) - 1.0

@@ -18,7 +18,7 @@ PACKAGE = "asap_jax"
 # What these export, or define where they have no `__all__`, is the API: its docstrings
 # have all sections.
 _ROOMS = ("potentials", "dual_map", "c_transform", "teacher", "attention", "compiler")
-_BESIDE = ("peers", "peers.layers", "info", "metrics", "plotting")
+_BESIDE = ("matching", "peers", "peers.layers", "info", "metrics", "plotting")
 API = (PACKAGE, *(f"{PACKAGE}.{name}" for name in (*_ROOMS, *_BESIDE)))
 # Of modules that are otherwise no part of it.
 NAMES = (

@@ -25,7 +25,7 @@ from asap_jax.attention.implementations.choice import (
 from asap_jax.attention.implementations.dispatch import ClosedPlan
 from asap_jax.attention.implementations.iterated import iterated_duals
 from asap_jax.attention.implementations.streamed import streamed_duals
-from asap_jax.attention.inputs import Inputs
+from asap_jax.attention.inputs import Activation, Inputs
 from asap_jax.attention.layers import AsapAttention, asked_for, check_no_decoding
 from asap_jax.attention.signature import attention_fn
 from asap_jax.c_transform.entropic import Duals, marginals
@@ -194,7 +194,7 @@ def gaussian_map(heads: int, dim: int) -> DualMap:
   return DualMap(jnp.ones((heads, 1, dim)), weights, FEATURES)
 
 
-@attention_fn(is_pair=True, takes_segments=True)
+@attention_fn(is_pair=True, takes_segments=True, takes_masses=True)
 def _in_training(
   inputs: Inputs,
   *,
@@ -212,11 +212,11 @@ def _in_training(
   )
   steps = Steps(relaxation=None, momentum=None, side="query")
   closed = ClosedPlan(inputs, f, 1, steps, chosen, gradient=gradient)
-  return inputs.attend(closed), _loss(inputs, predicted, chosen)
+  return inputs.attend(closed), objective_loss(inputs, predicted, chosen)
 
 
-def _loss(
-  inputs: Inputs, f: Array, chosen: Implementation | PerPlatform
+def objective_loss(
+  inputs: Activation, f: Array, chosen: Implementation | PerPlatform
 ) -> Float[Array, ""]:
   """Minus the dual objective of f and its c-transform, a mean over all but queries."""
   fixed = jax.lax.stop_gradient(f)
@@ -232,7 +232,9 @@ def _loss(
   return -((jax.lax.stop_gradient(objective) + moving) / count).mean()
 
 
-def _closed(inputs: Inputs, f: Array, chosen: Implementation | PerPlatform) -> Duals:
+def _closed(
+  inputs: Activation, f: Array, chosen: Implementation | PerPlatform
+) -> Duals:
   """Duals after one iteration from f, in the memory of the implementation."""
   if isinstance(chosen, PerPlatform):
     closed = {

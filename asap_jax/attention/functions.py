@@ -32,10 +32,11 @@ from asap_jax.teacher.starts import Start, check_start
 Teacher = Literal["ott", "xla", "chunked", "cudnn", "pallas"]
 
 
-@attention_fn(any_mask=True)
+@attention_fn(any_mask=True, takes_masses=True)
 def softmax_attention(inputs: Inputs) -> Array:
   """Plain softmax attention: rows sum to one, columns to anything.
 
+  Keys count by their masses, where they have some; of queries only the absent differ.
   Works under jit, vmap and grad.
 
   Args:
@@ -56,7 +57,7 @@ def softmax_attention(inputs: Inputs) -> Array:
   return inputs.attend(SoftmaxPlan(inputs))
 
 
-@attention_fn(takes_segments=True)
+@attention_fn(takes_segments=True, takes_masses=True)
 def sinkhorn_attention(
   inputs: Inputs,
   *,
@@ -91,9 +92,9 @@ def sinkhorn_attention(
       log domain, several times slower: the reference. Where the weights are sown or
       dropped they are formed, whichever is named. Half an iteration is none of
       OTT-JAX's: there `"ott"` takes the best of the others.
-    start: `"zero"`, or a potential of Gaussians with the moments of queries and keys
-      (`asap_jax.gaussian_potential`): `"gaussian"` is `"gaussian_low_rank"`, and there
-      are `"gaussian_diagonal"` and `"gaussian_full"`.
+    start: `"zero"` (with masses their logarithms), or a potential of Gaussians with the
+      moments of queries and keys (`asap_jax.gaussian_potential`): `"gaussian"` is
+      `"gaussian_low_rank"`, and there are `"gaussian_diagonal"` and `"gaussian_full"`.
     relaxation: omega of over-relaxation between iterations (`asap_jax.closures`), from
       1 to below 2; not with `"ott"`. About 1.5 gains from the third iteration on,
       more from zero than from a start that is near; with two it may lose.
@@ -205,7 +206,7 @@ def check_iterations(
     )
 
 
-@attention_fn(takes_segments=True)
+@attention_fn(takes_segments=True, takes_masses=True)
 def asap_attention(
   inputs: Inputs,
   *,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from asap_jax.c_transform.entropic import row_sums
 from asap_jax.c_transform.segments import by_segment
 from asap_jax.masses import Side, valid_pairs
 from asap_jax.numerics import logits_einsum
@@ -42,9 +43,10 @@ class Activation:
       scale / epsilon; zero at absent queries.
     key: `[batch..., heads, m, dim]`, one per query head; zero at absent keys.
     bias: added to query key^T, broadcast to `[batch..., heads, n, m]`, or `None`.
-    query_mask: valid queries, `[batch..., heads or 1, n]`, or `None` for all.
-    key_mask: valid keys, `[batch..., heads or 1, m]`, or `None` for all; of packed
-      sequences their masses.
+    query_mask: valid queries or masses of the queries, `[batch..., heads or 1, n]`, or
+      `None` for all.
+    key_mask: valid keys or their masses, `[batch..., heads or 1, m]`, or `None` for
+      all; of packed sequences masses.
     is_product: per element, whether the mask was the outer product of the two, or that
       of segments; `None` where that is known.
     segments: of packed sequences, `[batch..., heads or 1, n]` and `m`, or `None`.
@@ -64,7 +66,7 @@ class Activation:
 
   @property
   def masks(self) -> tuple[Array | None, Array | None]:
-    """Valid queries and valid keys."""
+    """Valid queries and valid keys, or their masses."""
     return self.query_mask, self.key_mask
 
   @property
@@ -101,7 +103,7 @@ class Activation:
   def starting_dual(self, start: Start, side: Side = "query") -> Array:
     """The dual of a start's name, of each packed sequence by itself."""
     named = functools.partial(starting_dual, start, side=side)
-    if start == "zero":
+    if start == "zero" and self.segments is not None:
       return named(self.query, self.key)  # of whatever segments
     return self.by_segment(named)
 
@@ -162,6 +164,8 @@ class Inputs(Activation):
   def attend(self, plan: Array | Plan) -> Float[Array, "*batch n heads features"]:
     """Values weighted by the plan, with dropout, sowing and the check of the mask.
 
+    Where queries have masses, rows of the plan are divided by their sums.
+
     A plan that need not be formed is formed only for dropout or sowing. An element
     whose mask is not an outer product is NaN.
 
@@ -171,8 +175,9 @@ class Inputs(Activation):
     rng, rate, broadcast, sown = self.dropout
     if not isinstance(plan, jax.Array):
       if not self.dropout.needs_weights:
-        return self._finish(plan.apply(self.value, self.precision))
+        return self._finish(self._by_row(plan.apply(self.value, self.precision)))
       plan = plan.dense()
+    plan = self._by_row(plan)
     if self.is_product is not None:
       plan = jnp.where(self.is_product, plan, jnp.nan)
     if sown is not None:
@@ -191,6 +196,14 @@ class Inputs(Activation):
       precision=self.precision,
     )
     return self._finish(out)
+
+  def _by_row(self, rows: Array) -> Array:
+    """Rows of a plan, or what it made of values, as if each row summed to one."""
+    masses = self.query_mask
+    if masses is None or masses.dtype == jnp.bool_:
+      return rows
+    sums = row_sums(masses, rows.shape[-2])[..., None]
+    return (rows / jnp.where(sums > 0, sums, 1.0)).astype(rows.dtype)
 
   def _finish(self, out: Array) -> Array:
     if self.is_product is not None:

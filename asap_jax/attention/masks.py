@@ -13,7 +13,13 @@ from jaxtyping import Array
 
 from asap_jax.attention.inputs import Inputs, check_broadcast
 from asap_jax.c_transform.segments import Segments, segments_of
-from asap_jax.masses import zero_invalid
+from asap_jax.masses import (
+  Masses,
+  check_weights,
+  log_masses,
+  valid_pairs,
+  zero_invalid,
+)
 from asap_jax.sizes import Size
 
 # Of packed sequences, of queries and keys alike, or of each.
@@ -55,6 +61,51 @@ def restrict(
   inputs = _zero_absent(inputs, query_mask, key_mask)
   return dataclasses.replace(
     inputs, query_mask=query_mask, key_mask=key_mask, is_product=is_product
+  )
+
+
+def weighted(
+  inputs: Inputs,
+  query_weights: Array | None,
+  key_weights: Array | None,
+  any_mask: bool = False,
+) -> Inputs:
+  """Inputs whose tokens have masses, beside the mask that was taken apart before.
+
+  A function that takes any mask is told of the keys' by the bias, and of absent tokens
+  by the pairs that may attend.
+
+  Raises:
+    ValueError: if masses do not fit the tokens, are negative or not finite, or
+      sequences are packed.
+  """
+  if query_weights is None and key_weights is None:
+    return inputs
+  if inputs.segments is not None:
+    raise ValueError(
+      "query_weights or key_weights with packed sequences: expected None, and each "
+      "sequence in an element of the batch"
+    )
+  given = ("query", query_weights), ("key", key_weights)
+  masses = [
+    _masses(f"{side}_weights", own, getattr(inputs, side), mask)
+    for (side, own), mask in zip(given, inputs.masks, strict=True)
+  ]
+  inputs = _zero_absent(inputs, *masses)
+  if not any_mask:
+    return dataclasses.replace(inputs, query_mask=masses[0], key_mask=masses[1])
+  allowed, bias = inputs.allowed, inputs.bias
+  if key_weights is not None:
+    of_keys = log_masses(masses[1])[..., None, :]
+    bias = of_keys if bias is None else bias + of_keys
+  shape = *inputs.query.shape[:-1], inputs.key.shape[-2]
+  pairs = valid_pairs(*masses)
+  assert pairs is not None  # one side has masses
+  pairs = jnp.broadcast_to(pairs, shape)
+  return dataclasses.replace(
+    inputs,
+    allowed=pairs if allowed is None else pairs & allowed,
+    bias=bias,
   )
 
 
@@ -164,7 +215,33 @@ def _segments(segment_ids: Ids, inputs: Inputs) -> Segments:
   return Segments(*(jnp.asarray(ids)[..., None, :] for ids in both))
 
 
-def _zero_absent(inputs: Inputs, queries: Array, keys: Array) -> Inputs:
+def _masses(
+  name: str, weights: Array | None, tokens: Array, mask: Array | None
+) -> Array | None:
+  """Masses of one side in front of its heads, zero where its mask says so."""
+  if weights is None:
+    return mask
+  weights = jnp.asarray(weights)
+  *batch, heads, size, _ = tokens.shape
+  check_weights(name, weights, size)
+  if weights.shape not in ((*batch, size), (*batch, 1, size), (*batch, heads, size)):
+    raise ValueError(
+      f"{name} has shape {weights.shape}: expected {(*batch, size)}, or with heads "
+      f"{(*batch, heads, size)}"
+    )
+  weights = weights if weights.ndim == len(batch) + 2 else weights[..., None, :]
+  # In NumPy, as the values of a mask.
+  if not isinstance(weights, jax.core.Tracer):
+    least = np.asarray(weights, np.float32)
+    if not (np.isfinite(least) & (least >= 0)).all():
+      raise ValueError(
+        f"{name} has values from {least.min()} to {least.max()}: expected masses that "
+        "are finite and not negative"
+      )
+  return zero_invalid(weights, mask)
+
+
+def _zero_absent(inputs: Inputs, queries: Masses, keys: Masses) -> Inputs:
   """Inputs with zeros at tokens that take no part.
 
   Padding may hold anything, NaN included: none of it may reach a gradient.

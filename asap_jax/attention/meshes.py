@@ -99,6 +99,10 @@ def _local_specs(arguments: Arguments) -> dict[str, Any] | None:
     sizes = zip(array.shape, own, strict=True)
     return PartitionSpec(*(None if size == 1 else axis for size, axis in sizes))
 
+  def of_tokens(array: Array) -> PartitionSpec:
+    of_heads = (heads,) * (array.ndim - len(batch) - 1)
+    return PartitionSpec(*batch, *of_heads, None)
+
   known: dict[str, Callable[[Array], PartitionSpec]] = {
     "query": lambda _: tokens,
     "key": lambda _: tokens,
@@ -106,6 +110,8 @@ def _local_specs(arguments: Arguments) -> dict[str, Any] | None:
     "mask": of_pairs,
     "bias": of_pairs,
     "segment_ids": lambda _: PartitionSpec(*batch, None),
+    "query_weights": of_tokens,
+    "key_weights": of_tokens,
     "dual_map": lambda leaf: PartitionSpec(heads, *(None,) * (leaf.ndim - 1)),
     "epsilon": lambda _: PartitionSpec(),
     "dropout_rng": lambda _: PartitionSpec(),

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from asap_jax.attention.inputs import Dropout, Inputs, Sown, prepare
-from asap_jax.attention.masks import Ids, exclude, restrict
+from asap_jax.attention.masks import Ids, exclude, restrict, weighted
 from asap_jax.attention.meshes import Attended, on_mesh
 from asap_jax.numerics import with_usual_promotion
 
@@ -52,6 +52,8 @@ class AttentionFn(Protocol):
     epsilon: float | jax.Array = 1.0,
     segment_ids: Ids | None = None,
     max_segments: int | None = None,
+    query_weights: jax.Array | None = None,
+    key_weights: jax.Array | None = None,
     **options: Any,
   ) -> jax.Array:
     """Values weighted by attention; the arguments that all functions here share.
@@ -91,6 +93,13 @@ class AttentionFn(Protocol):
         it a mask of pairs is taken for that of segments, as
         `nnx.make_attention_mask(ids, ids, jnp.equal)` is, which is how Flax's layers
         pass them on: bind it.
+      query_weights: masses of the queries, up to a factor, `[batch..., n]` or with
+        heads `[batch..., heads, n]`; zero is padding, as where a mask says so, and
+        boolean ones are a mask. Rows of the transport plan then sum to them and its
+        columns to the keys', instead of equal shares; the weights of a query are its
+        row divided by its sum, so that they sum to one as ever. Differentiable. Not
+        with segments. Some functions do not take them, and say so.
+      key_weights: masses of the keys, `[batch..., m]` or `[batch..., heads, m]`.
       **options: a function's own, which its docstring describes.
 
     Returns:
@@ -167,6 +176,7 @@ def attention_fn(
   any_mask: bool = False,
   takes_bias: bool = True,
   takes_segments: bool = False,
+  takes_masses: bool = False,
   parts: int = 1,
   is_pair: bool = False,
 ) -> Any:
@@ -178,6 +188,7 @@ def attention_fn(
       included, make sense.
     takes_bias: whether a bias of the logits does.
     takes_segments: whether it serves packed sequences; those that take any mask do.
+    takes_masses: whether queries and keys may have unequal masses.
     parts: parts that queries and keys are cut into; the default scale is that of one.
     is_pair: whether the core returns a number beside the values.
 
@@ -190,6 +201,7 @@ def attention_fn(
       any_mask=any_mask,
       takes_bias=takes_bias,
       takes_segments=takes_segments,
+      takes_masses=takes_masses,
       parts=parts,
       is_pair=is_pair,
     )
@@ -222,6 +234,12 @@ def attention_fn(
         raise ValueError(
           f"{argument}: {core.__name__} does not serve packed sequences; expected "
           "None, and each sequence in an element of the batch"
+        )
+    for argument in ("query_weights", "key_weights"):
+      if given.arguments[argument] is not None and not takes_masses:
+        raise ValueError(
+          f"{argument}: {core.__name__} gives all valid tokens equal mass; expected "
+          "None, and padding as a mask"
         )
     arrays = dict(given.arguments)
     module = arrays.pop("module")
@@ -269,6 +287,7 @@ def inputs_of(given: dict[str, Any], any_mask: bool = False, parts: int = 1) -> 
     inputs = exclude(inputs, *told)
   else:
     inputs = restrict(inputs, *told, given["max_segments"])
+  inputs = weighted(inputs, given["query_weights"], given["key_weights"], any_mask)
   active = not given["deterministic"]
   rate = given["dropout_rate"]
   if not isinstance(rate, jax.core.Tracer) and not 0 <= rate <= 1:

@@ -41,6 +41,9 @@ class AttentionCall(NamedTuple):
     mask: true (or nonzero) where a query may attend to a key, the outer product of
       valid queries and valid keys, broadcast to `[batch, heads, n, m]`; `None` for all.
     bias: added to the logits, broadcast likewise; `None` for none.
+    query_weights: masses of the queries, `[batch, n]` or `[batch, heads, n]`; `None`
+      for equal ones. See `asap_jax.attention.AttentionFn`.
+    key_weights: likewise, of the keys.
 
   Example:
     >>> tokens = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
@@ -52,6 +55,8 @@ class AttentionCall(NamedTuple):
   key: Shaped[Array | np.ndarray, "batch m kv_heads dim"]
   mask: Shaped[Array | np.ndarray, "..."] | None = None
   bias: Float[Array | np.ndarray, "..."] | None = None
+  query_weights: Float[Array | np.ndarray, "..."] | None = None
+  key_weights: Float[Array | np.ndarray, "..."] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -154,8 +159,8 @@ def fit(
 
   Raises:
     ValueError: if there are too few batches or tokens, if shapes do not fit, a mask is
-      not the outer product of valid queries and valid keys, or arrays are not finite,
-      or if an option makes no sense.
+      not the outer product of valid queries and valid keys, arrays are not finite or
+      masses negative, or if an option makes no sense.
 
   Example:
     >>> import asap_jax
@@ -216,7 +221,7 @@ def _activation(
   if not isinstance(batch, AttentionCall):
     raise ValueError(
       f"batches: one is of {kind_of(batch)}; expected asap_jax.AttentionCall(query, "
-      "key, mask, bias)"
+      "key, mask, bias, query_weights, key_weights)"
     )
   given = {name: jnp.asarray(x) for name, x in batch._asdict().items() if x is not None}
   _check(given)

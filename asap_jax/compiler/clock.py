@@ -98,7 +98,11 @@ def attention_call(operator: Operator, activation: Activation) -> Callable[[], o
   )
   options = {"bias": activation.bias}
   if activation.segments is None:
-    options["mask"] = valid_pairs(*activation.masks)
+    masks = activation.masks
+    if any(x is not None and x.dtype != jnp.bool_ for x in masks):
+      options |= zip(("query_weights", "key_weights"), masks, strict=True)
+    else:
+      options["mask"] = valid_pairs(*masks)
     most = None
   else:
     options["segment_ids"] = tuple(ids[..., 0, :] for ids in activation.segments)

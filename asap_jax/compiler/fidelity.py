@@ -11,7 +11,7 @@ from asap_jax import metrics
 from asap_jax.attention.inputs import Activation
 from asap_jax.c_transform.entropic import closure, plan
 from asap_jax.compiler.operators import Operator, Sinkhorn
-from asap_jax.masses import centre
+from asap_jax.masses import centre, valid
 
 
 class FidelitySums(NamedTuple):
@@ -72,7 +72,9 @@ def _fidelity_sums(activation, source, operator):
   compared = plan(logits, duals, *masks)
   target = centre(source, masks[0])
   residual = jnp.zeros_like(target) if predicted is None else target - predicted
-  rows, columns = (jnp.ones((), bool) if mask is None else mask for mask in masks)
+  rows, columns = (
+    jnp.ones((), bool) if mask is None else valid(mask) for mask in masks
+  )
 
   def total(values, keep):
     return jnp.where(keep, values, 0.0).sum((0, 2))

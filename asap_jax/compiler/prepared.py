@@ -22,7 +22,7 @@ from asap_jax.compiler.operators import Asap, Operator, Sinkhorn
 from asap_jax.compiler.recorded import Layer
 from asap_jax.dual_map.features import dual_features, feature_count
 from asap_jax.dual_map.predict import DualMap
-from asap_jax.masses import centre
+from asap_jax.masses import centre, log_masses
 from asap_jax.teacher.starts import Start, starting_dual
 
 # Pairs of a head, and sequences, that maps are fitted to; a quarter is judged on.
@@ -217,6 +217,7 @@ def _trajectory(call: Activation, teacher: Sinkhorn, count: int) -> Array:
 
   start = starting_dual(teacher.start, call.query, call.key, *masks)
   _, duals = jax.lax.scan(step, start, length=count)
+  duals = duals - log_masses(call.query_mask)
   return jnp.moveaxis(centre(duals, call.query_mask), (0, 1, 2), (3, 1, 0))
 
 

@@ -22,7 +22,7 @@ from asap_jax.dual_map.features import (
   spread,
 )
 from asap_jax.dual_map.network import Leaf, Network, apply_network
-from asap_jax.masses import Masses, Side, centre, mean
+from asap_jax.masses import Masses, Side, centre, log_masses, mean
 from asap_jax.potentials.gaussian import (
   clouds_of,
   diagonal_form,
@@ -138,7 +138,8 @@ def predict_dual(
 ) -> Float[Array, "*batch heads points"]:
   r"""The predicted dual, centred over the valid points: $\hat f$, or $\hat g$.
 
-  Works under jit, vmap and grad, in all array leaves of `dual_map`.
+  With float masses it contains their logarithms, which no feature knows of. Works under
+  jit, vmap and grad, in all array leaves of `dual_map`.
 
   Args:
     dual_map: parameters.
@@ -164,7 +165,7 @@ def predict_dual(
   """
   tokens = _from_side(dual_map, query, key, query_weights, key_weights)
   features = _features(dual_map, *tokens)
-  dual = centre(_linear(dual_map, features), tokens[2])
+  dual = centre(_linear(dual_map, features) + log_masses(tokens[2]), tokens[2])
   if dual_map.network is None:
     return dual
   own, other, _, other_weights = tokens
@@ -191,15 +192,16 @@ def linear_dual(
   """
   tokens = _from_side(dual_map, query, key, query_weights, key_weights)
   own, other, *weights = tokens
+  of_masses = log_masses(weights[0])
   if dual_map.side == "key":
     products = jnp.swapaxes(products, -1, -2)
   if dual_map.is_sliced:
-    return _linear(dual_map, _features(dual_map, *tokens, products))
+    return _linear(dual_map, _features(dual_map, *tokens, products)) + of_masses
   of_kind = split_columns(dual_map.weights, dual_map.features, 0, own.shape[-1])
   clouds = clouds_of(own, other, *weights)
   # All that is linear or square in the coordinates is one pass over them.
   linear = square = jnp.zeros_like(clouds.mean_x)
-  dual = jnp.zeros(own.shape[:-1])
+  dual = jnp.zeros(own.shape[:-1]) + of_masses
   if "query" in of_kind:
     linear = linear + of_kind["query"][..., None, :]
   if "cumulants" in of_kind:

@@ -45,6 +45,11 @@ def plain_attention(name: str, given: dict[str, Any]) -> Array:
         f"{argument}: packed sequences have no form for ONNX; expected None, and each "
         "sequence in an element of the batch"
       )
+  for argument in ("query_weights", "key_weights"):
+    if given[argument] is not None:
+      raise ValueError(
+        f"{argument}: unequal masses have no form for ONNX; expected None"
+      )
   inputs = inputs_of(given, any_mask=name == "softmax_attention")
   if name == "softmax_attention":
     return inputs.attend(PlainSoftmax(inputs))

@@ -14,7 +14,7 @@ from ott.initializers.linear import initializers
 from ott.problems.linear import linear_problem
 
 from asap_jax.dual_map.predict import DualMap, predict_dual
-from asap_jax.masses import centre, zero_invalid
+from asap_jax.masses import centre, log_masses, zero_invalid
 from asap_jax.potentials.gaussian import (
   RANK,
   Covariances,
@@ -160,7 +160,8 @@ class SlicedDualInitializer(_CloudInitializer):
     if self.dual_map is None:
       options: dict[str, Any] = {"slices": self.slices, "entropic": self.entropic}
       return sliced_start(query, key, a, b, **options)
-    return predict_dual(self.dual_map, query[None], key[None], a[None], b[None])[0]
+    given = query[None], key[None], a[None], b[None]
+    return predict_dual(self.dual_map, *given)[0] - log_masses(a)
 
   def tree_flatten(self):  # noqa: D102
     # A name is no leaf, directions are.

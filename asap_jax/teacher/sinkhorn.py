@@ -7,6 +7,7 @@ OTT-JAX is imported where it runs, so that compiled models are served without it
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ def sinkhorn_duals(
   query_weights: Masses = None,
   key_weights: Masses = None,
   init: Float[Array, "..."] | None = None,
+  *,
+  implementation: Literal["ott", "xla"] = "ott",
 ) -> Duals:
   """Duals after a fixed number of full Sinkhorn iterations (OTT-JAX, log domain).
 
@@ -47,14 +50,16 @@ def sinkhorn_duals(
     query_weights: `None`, mask or masses `[..., n]`.
     key_weights: the same of the keys, `[..., m]`.
     init: query-side dual to start at, `[..., n]`; zero by default.
+    implementation: `"ott"`, the reference; or `"xla"`, the same iterations in the
+      scaling domain, several times faster.
 
   Returns:
     `Duals` in this package's convention (see `c_transform`): rows of the plan are
     exact, all remaining error is in its columns.
 
   Raises:
-    ValueError: if `iterations` is below one, or weights or `init` do not fit the
-      logits.
+    ValueError: if `iterations` is below one, weights or `init` do not fit the logits,
+      or the `implementation` is unknown.
 
   Example:
     >>> duals = sinkhorn_duals(jnp.zeros((3, 3)), 20)
@@ -63,6 +68,8 @@ def sinkhorn_duals(
   """
   if iterations < 1:
     raise ValueError(f"iterations={iterations}: expected at least one full iteration")
+  if implementation not in ("ott", "xla"):
+    raise ValueError(f"implementation={implementation!r}: expected 'ott' or 'xla'")
   n, m = logits.shape[-2:]
   check_weights("query_weights", query_weights, n)
   check_weights("key_weights", key_weights, m)
@@ -80,7 +87,7 @@ def sinkhorn_duals(
   f, a = (jnp.broadcast_to(array.astype(dtype), (*batch, n)) for array in (f, a))
   b = jnp.broadcast_to(b.astype(dtype), (*batch, m))
 
-  f, g = _iterate(iterations, logits, a, b, f)
+  f, g = _iterate(iterations, implementation == "ott", logits, a, b, f)
   # OTT's plan sums to one, ours to the number of valid queries.
   mask = valid(query_weights)
   count = n if mask is None else mask.sum(-1, keepdims=True)
@@ -90,15 +97,17 @@ def sinkhorn_duals(
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _iterate(
-  iterations: int, logits: Array, a: Array, b: Array, start: Array
+  iterations: int, by_ott: bool, logits: Array, a: Array, b: Array, start: Array
 ) -> tuple[Array, Array]:
-  """OTT's duals of masses a `[..., n]` and b `[..., m]`, in OTT's convention.
+  """Duals of masses a `[..., n]` and b `[..., m]`, in OTT's convention.
 
   The gradient is not OTT's: implicit gradients are NaN at zero weights and assume
   convergence, and unrolled ones (OTT 0.6) are wrong over several blocks of iterations.
   """
+  if not by_ott:
+    return _scaled(iterations, logits, a, b, start)[0]
   from ott.geometry import geometry
   from ott.problems.linear import linear_problem
   from ott.solvers.linear import sinkhorn as ott_sinkhorn
@@ -126,20 +135,25 @@ def _iterate(
   return solve(logits, a, b, start)
 
 
-def _iterate_forward(iterations, *arguments):
-  # JAX (0.10) mixes up residuals that are inputs where it differentiates a loop twice.
-  return _iterate(iterations, *arguments), jax.lax.optimization_barrier(arguments)
-
-
-@with_usual_promotion
-def _iterate_backward(iterations, residuals, bars):
-  logits, a, b, start = residuals
-  # The same iterations, fast. Their plan sums to the number of queries, OTT's to one.
+def _scaled(iterations, logits, a, b, start):
+  """The same in the scaling domain, where plans sum to the number of queries."""
   scaled, iterates = scaled_iterates(logits, start, iterations, a, b)
   count = jnp.log(jnp.maximum((a > 0).sum(-1, keepdims=True), 1).astype(a.dtype))
   duals = scaled.duals._replace(g=scaled.duals.g - count)
-  iterates = iterates._replace(g=iterates.g - count)
-  passed = Iterations(logits, a, b, duals, iterates)
+  return duals, iterates._replace(g=iterates.g - count)
+
+
+def _iterate_forward(iterations, by_ott, *arguments):
+  # JAX (0.10) mixes up residuals that are inputs where it differentiates a loop twice.
+  found = _iterate(iterations, by_ott, *arguments)
+  return found, jax.lax.optimization_barrier(arguments)
+
+
+@with_usual_promotion
+def _iterate_backward(iterations, by_ott, residuals, bars):
+  del by_ott
+  logits, a, b, _ = residuals
+  passed = Iterations(logits, a, b, *_scaled(iterations, *residuals))
   return tuple(by_domain(cotangents, in_range(*passed[1:]), passed, Duals(*bars)))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from asap_jax.masses import Masses, Side
+from asap_jax.masses import Masses, Side, log_masses
 from asap_jax.numerics import float_dtype
 from asap_jax.potentials.gaussian import gaussian_potential
 
@@ -28,6 +28,9 @@ def starting_dual(
   side: Side = "query",
 ) -> Float[Array, "*batch points"]:
   """The dual of one side that a start's name stands for.
+
+  It contains the logarithms of float masses, so that a point is the same as two in its
+  place that share its mass.
 
   Works under jit, vmap and grad.
 
@@ -48,12 +51,14 @@ def starting_dual(
     ValueError: for an unknown name, or as `asap_jax.gaussian_potential`.
   """
   check_start(start)
+  of_masses = log_masses(query_weights if side == "query" else key_weights)
   if start == "zero":
     points = query if side == "query" else key
-    return jnp.zeros(points.shape[:-1], float_dtype(query, key))
+    return jnp.zeros(points.shape[:-1], float_dtype(query, key)) + of_masses
   name = start.removeprefix("gaussian").lstrip("_") or "low_rank"
   options: dict[str, Any] = {"covariances": name, "side": side}
-  return gaussian_potential(query, key, query_weights, key_weights, **options)
+  weights = query_weights, key_weights
+  return gaussian_potential(query, key, *weights, **options) + of_masses
 
 
 def check_start(start: str) -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import asap_jax
-from asap_jax import peers
+from asap_jax import matching, peers
 from experiments.stress.entries_compilers import compilers
 from experiments.stress.entries_pure import pure
 from experiments.stress.samples import DIM, HEADS, NAN, TOKENS, Entry, dual_map
@@ -14,7 +14,14 @@ from experiments.stress.samples import DIM, HEADS, NAN, TOKENS, Entry, dual_map
 
 def entries() -> dict[str, Entry]:
   """By name; whatever is public and can be called with bad arguments is here."""
-  return {**_functions(), **_layers(), **pure(), **compilers(), **_peers()}
+  return {
+    **_functions(),
+    **_layers(),
+    **pure(),
+    **compilers(),
+    **_peers(),
+    **_matching(),
+  }
 
 
 def _attention(**more: list[Any]) -> dict[str, list[Any]]:
@@ -39,17 +46,22 @@ def _attention(**more: list[Any]) -> dict[str, list[Any]]:
 def _functions() -> dict[str, Entry]:
   tokens = {"query": TOKENS, "key": TOKENS, "value": TOKENS}
   segments = [jnp.ones((2, 5), int), jnp.ones((2, 6)), jnp.ones((3, 6), int)]
+  masses = [jnp.ones((2, 5)), jnp.ones((2, 6), int), -jnp.ones((2, 6))]
+  of_masses = {"query_weights": masses, "key_weights": masses}
   doubly = _attention(
     is_causal=[True],
     implementation=["flash", ""],
     segment_ids=segments,
     max_segments=[0, -1],
+    **of_masses,
   )
   # Which has a meaning only where masks are of segments.
   masked = {**tokens, "mask": jnp.ones((2, 1, 6, 6), bool)}
   return {
     "softmax_attention": Entry(
-      asap_jax.softmax_attention, tokens, _attention(segment_ids=segments)
+      asap_jax.softmax_attention,
+      tokens,
+      _attention(segment_ids=segments, **of_masses),
     ),
     "sinkhorn_attention": Entry(
       asap_jax.sinkhorn_attention,
@@ -121,4 +133,33 @@ def _peers() -> dict[str, Entry]:
       f"peers.{name}": Entry(getattr(peers, name), tokens, bad)
       for name in ("esp_attention", "kernel_sinkhorn_attention", "sinkformer_attention")
     },
+  }
+
+
+def _matching() -> dict[str, Entry]:
+  pair = {"query": jnp.ones((2, 6, DIM)), "key": jnp.ones((2, 5, DIM))}
+  bad = {
+    "query": [jnp.ones((3, 6, DIM)), jnp.ones((2, 6, 3)), jnp.ones(DIM)],
+    "key": [jnp.ones((2, 0, DIM))],
+    "query_mask": [jnp.ones((2, 5), bool), jnp.ones((2, 6))],
+    "key_mask": [jnp.ones((2, 6), bool)],
+    "temperature": [0.0, -1.0, NAN],
+  }
+  exact = {"iterations": [0, -1], "start": ["one", None], "implementation": ["cudnn"]}
+  own = {"temperature": [0.0, NAN], "iterations": [0], "start": ["one"]}
+  return {
+    "matching.sinkhorn_matching": Entry(
+      matching.sinkhorn_matching, pair, {**bad, **exact}
+    ),
+    "matching.asap_matching": Entry(
+      matching.asap_matching,
+      {**pair, "operator": asap_jax.compiler.Sinkhorn(1)},
+      {**bad, "operator": [asap_jax.compiler.operators.Asap(dual_map())]},
+    ),
+    "matching.matches": Entry(
+      matching.matches,
+      {"log_plan": jnp.zeros((3, 3))},
+      {"log_plan": [jnp.zeros(3), jnp.zeros((1, 3))], "threshold": [-0.1, 1.0, NAN]},
+    ),
+    "matching.OptimalMatching": Entry(matching.OptimalMatching, {}, own),
   }

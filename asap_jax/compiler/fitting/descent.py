@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from rich.progress import track
 
+from asap_jax.c_transform.entropic import row_sums
 from asap_jax.c_transform.scaling_domain import scaled_plan
 from asap_jax.compiler.fitting.samples import Sample, minibatches
 from asap_jax.compiler.fitting.scales import parameter_scale
@@ -185,7 +186,8 @@ def mean_kl(dual_map: DualMap, sample: Sample) -> jax.Array:
   closed = scaled_plan(
     activation.logits, predicted, dual_map.closures, *masks, **dual_map.steps
   ).duals
-  gained = closed.f.sum() + jnp.sum(closed.g * sample.columns)
+  of_rows = row_sums(masks[0], closed.f.shape[-1])
+  gained = jnp.sum(closed.f * of_rows) + jnp.sum(closed.g * sample.columns)
   rows = zero_invalid(jnp.ones(activation.query.shape[:-1]), masks[0]).sum()
   return (sample.constant.sum() - gained) / rows
 

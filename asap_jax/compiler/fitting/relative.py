@@ -30,7 +30,7 @@ from asap_jax.c_transform.entropic import (
   row_sums,
 )
 from asap_jax.compiler.operators import Sinkhorn
-from asap_jax.masses import centre
+from asap_jax.masses import centre, log_masses
 from asap_jax.numerics import exact_einsum
 
 # Of a relative dual: exponentials of more leave the range of float32. The excess over
@@ -47,7 +47,8 @@ class Relative(NamedTuple):
 
   Attributes:
     plan: of the teacher, `[heads, batch, n, m]`.
-    duals: f and g of it, `[heads, batch, n]` and `[..., m]`.
+    duals: f and g of it, `[heads, batch, n]` and `[..., m]`, without the logarithms of
+      masses, as features give them.
     rows: exact row sums, `[heads, batch, n]`, zero at absent queries.
     columns: exact column sums, `[heads, batch, m]`.
   """
@@ -66,9 +67,9 @@ def relative_of(activation: Activation, teacher: Sinkhorn) -> Relative:
   *_, n, m = logits.shape
   rows, columns = row_sums(masks[0], n), column_sums(*masks, n, m)
   pairs = jnp.ones(logits.shape[:-2])[..., None]
-  by_batch = Relative(
-    plan(logits, duals, *masks), (duals.f, duals.g), rows * pairs, columns * pairs
-  )
+  f, g = (dual - log_masses(mask) for dual, mask in zip(duals, masks, strict=True))
+  weights = plan(logits, duals, *masks)
+  by_batch = Relative(weights, (f, g), rows * pairs, columns * pairs)
   return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_batch)
 
 

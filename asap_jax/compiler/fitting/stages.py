@@ -27,7 +27,7 @@ from asap_jax.compiler.recipes import Objective, Recipe
 from asap_jax.compiler.recorded import Recorded
 from asap_jax.dual_map.features import dual_features, feature_count
 from asap_jax.dual_map.predict import DualMap
-from asap_jax.masses import centre
+from asap_jax.masses import centre, log_masses, valid
 
 # Activations in memory at once during refinement; of those held out, a quarter.
 _SAMPLE_BYTES = 2**30
@@ -65,7 +65,7 @@ def _regression(
 ) -> tuple[jax.Array, jax.Array]:
   """Features and target of one call, as `ridge.add_batch` takes them."""
   masks = activation.query_mask, activation.key_mask
-  dual = teacher.source(activation)
+  dual = teacher.source(activation) - log_masses(activation.query_mask)
   columns = dual_features(
     activation.query, activation.key, directions, features, *masks
   )
@@ -92,7 +92,8 @@ def _fit_ridge(
           activation, directions[index], layer.site.teacher, features
         )
         try:
-          sums[index] = add_batch(sums[index], columns, target, activation.query_mask)
+          queries = valid(activation.query_mask)
+          sums[index] = add_batch(sums[index], columns, target, queries)
         except ValueError as error:
           raise ValueError(f"{layer.name}: {error}") from error
       seconds[index] += time.perf_counter() - start
