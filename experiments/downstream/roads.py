@@ -44,7 +44,7 @@ class MixedAttention(nnx.Module):
     self._begins, self._ends = begins, ends
     self._share = _Share(jnp.ones(()))
 
-  def advance(self, progress: jax.Array) -> None:
+  def advance(self, progress: jax.Array | float) -> None:
     """Moves to a share of training, from 0 to 1."""
     moved = (progress - self._begins) / (self._ends - self._begins)
     self._share[...] = jnp.clip(moved, 0.0, 1.0)
@@ -56,7 +56,7 @@ class MixedAttention(nnx.Module):
     return share * new + (1 - share) * softmax_attention(query, key, value, mask=mask)
 
 
-def advance(model: nnx.Module, progress: jax.Array) -> None:
+def advance(model: nnx.Module, progress: jax.Array | float) -> None:
   """Moves all mixed attentions of a model, in place."""
   for _, module in nnx.iter_modules(model):
     if isinstance(module, MixedAttention):
@@ -89,7 +89,7 @@ def convert(
       attention = MixedAttention(own, begins, ends)
       block.attention.attention_fn = nnx.data(attention)
     return encoder
-  encoder, report = asap_jax.to_sinkhorn(
+  converted, report = asap_jax.to_sinkhorn(
     softmax,
     amortized=bound is None,
     refit=road != "switch",
@@ -98,8 +98,8 @@ def convert(
     **own,
   )
   print(report)
-  assert isinstance(encoder, BertEncoder)
-  return encoder
+  assert isinstance(converted, BertEncoder)
+  return converted
 
 
 def distil(
@@ -114,7 +114,8 @@ def distil(
   The loss is the mean over layers of the squared distance of the states, relative to
   their square, and one less the cosine of the embeddings. No label is read.
   """
-  graph, params, rest = nnx.split(encoder, nnx.Param, ...)
+  graph, *states = nnx.split(encoder, nnx.Param, ...)
+  params, rest = states
   known = nnx.split(softmax)
   own = transformation(config)
 
@@ -138,7 +139,7 @@ def distil(
       batch = {name: part for name, part in next(batches).items() if name != "label"}
       params, optimizer, loss = step(params, optimizer, known, batch)
       if taken % LOG_EVERY == 0 or taken == config.steps:
-        watch.read(taken, loss, jnp.nan)
+        watch.read(taken, loss, jnp.full((), jnp.nan))
   return nnx.merge(graph, params, rest)
 
 
