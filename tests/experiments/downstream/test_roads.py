@@ -50,6 +50,7 @@ def test_a_mixture_moves_from_softmax_to_sinkhorn(progress):
   np.testing.assert_allclose(attention(*tokens), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_outside_of_training_a_mixture_is_sinkhorn(softmax):
   switch, mixed, layers = (
     roads.convert(softmax, road, SINKHORN, [batch()])
@@ -70,6 +71,7 @@ def test_layers_are_converted_one_after_the_other(softmax):
   assert shares == [[0, 0], [1, 0], [1, 1], [1, 1]]
 
 
+@pytest.mark.slow
 def test_the_step_of_training_moves_a_mixture(tmp_path):
   """Its first of many steps is that of softmax, its last one that of Sinkhorn."""
   preset = dataclasses.replace(PRESET, length=6, teacher="sinkhorn@3")
