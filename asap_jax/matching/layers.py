@@ -113,7 +113,7 @@ class AmortizedMatching(OptimalMatching):
     >>> layer(query, query[::-1][:5]).shape
     (7, 6)
     >>> f"{asap_jax.dual_loss(layer):.1f}"
-    '0.0'
+    '9.0'
   """
 
   def __init__(self, dim: int, temperature: float = 0.1, dustbin: float = 0.0):
