@@ -28,7 +28,7 @@ left.shape, f"disparities up to {disparity[np.isfinite(disparity)].max():.0f} pi
 random = np.random.default_rng(0)
 
 
-def keypoints(image, count=600):
+def keypoints(image, count=1500):
   sift = feature.SIFT()
   sift.detect_and_extract(color.rgb2gray(image))
   chosen = random.permutation(len(sift.positions))[:count]

@@ -28,7 +28,7 @@ ELSEWHERE = ("README", "serving")
 WITH_CODE = [page for page in PAGES if examples(page) and page.stem not in ELSEWHERE]
 
 
-LONG = ("compiler", "pretrained", "teacher")
+LONG = ("compiler", "matching", "pretrained", "teacher")
 
 
 @pytest.mark.parametrize(

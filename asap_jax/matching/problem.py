@@ -165,8 +165,8 @@ def matches(log_plan: Float[Array, "*batch n1 m1"], threshold: float = 0.2) -> M
 
   Example:
     >>> found = matches(jnp.log(jnp.array([[0.1, 0.8, 0.1], [0.9, 0.2, 0.9]])))
-    >>> found.key.tolist(), found.confidence.round(2).tolist()
-    ([1], [0.800000011920929])
+    >>> found.key.tolist(), f"{found.confidence[0]:.2f}"
+    ([1], '0.80')
   """
   if log_plan.ndim < 2 or min(log_plan.shape[-2:]) < 2:
     raise ValueError(

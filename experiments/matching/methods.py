@@ -64,7 +64,7 @@ def draws_of(pair: Pair, points: int, count: int, seed: int) -> Draws:
   )
 
 
-def learned(draws: Draws, steps: int) -> dict[str, float]:
+def learned(draws: Draws, steps: int) -> dict[str, Any]:
   """Temperature and dustbin that make the known pairs most likely."""
   layer = OptimalMatching(0.05, 20.0)
 
@@ -93,7 +93,7 @@ def _names(parameters: Any) -> Any:
   return jax.tree.map_with_path(lambda path, _: path[0].key, parameters)
 
 
-def plain_methods(options: dict[str, float]) -> dict[str, Method]:
+def plain_methods(options: dict[str, Any]) -> dict[str, Method]:
   """The teacher, its fastest form, and fewer iterations from each start."""
   run = functools.partial(sinkhorn_matching, **options)
   methods: dict[str, Method] = {
@@ -110,7 +110,7 @@ def plain_methods(options: dict[str, float]) -> dict[str, Method]:
 
 
 def learned_methods(
-  draws: Draws, options: dict[str, float], steps: int, progress: bool
+  draws: Draws, options: dict[str, Any], steps: int, progress: bool
 ) -> dict[str, Method]:
   """Operators that are fitted to the plans of some draws, and a map that descends."""
   problems = matching_problem(draws.query, draws.key, **options)
@@ -135,7 +135,7 @@ def learned_methods(
   return methods | {"amortized": amortized(draws, options, steps)}
 
 
-def amortized(draws: Draws, options: dict[str, float], steps: int) -> Method:
+def amortized(draws: Draws, options: dict[str, Any], steps: int) -> Method:
   """A map that has learned on its own loss, of no teacher."""
   layer = AmortizedMatching(draws.query.shape[-1], **options)
   optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=asap_jax.DualParam)

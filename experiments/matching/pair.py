@@ -113,10 +113,10 @@ def keypoints(image: np.ndarray) -> Keypoints:
 
   sift = SIFT()
   sift.detect_and_extract(rgb2gray(image))
-  positions = np.round(sift.positions, 3)
+  positions = np.round(np.asarray(sift.positions), 3)
   _, first = np.unique(positions, axis=0, return_index=True)
   first = np.sort(first)
-  sums = sift.descriptors[first].astype(np.float32)
+  sums = np.asarray(sift.descriptors, np.float32)[first]
   sums /= sums.sum(-1, keepdims=True)
   return Keypoints(positions[first], np.sqrt(sums))
 

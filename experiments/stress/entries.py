@@ -138,15 +138,23 @@ def _peers() -> dict[str, Entry]:
 
 def _matching() -> dict[str, Entry]:
   pair = {"query": jnp.ones((2, 6, DIM)), "key": jnp.ones((2, 5, DIM))}
-  bad = {
+  bad: dict[str, list[Any]] = {
     "query": [jnp.ones((3, 6, DIM)), jnp.ones((2, 6, 3)), jnp.ones(DIM)],
     "key": [jnp.ones((2, 0, DIM))],
     "query_mask": [jnp.ones((2, 5), bool), jnp.ones((2, 6))],
     "key_mask": [jnp.ones((2, 6), bool)],
     "temperature": [0.0, -1.0, NAN],
   }
-  exact = {"iterations": [0, -1], "start": ["one", None], "implementation": ["cudnn"]}
-  own = {"temperature": [0.0, NAN], "iterations": [0], "start": ["one"]}
+  exact: dict[str, list[Any]] = {
+    "iterations": [0, -1],
+    "start": ["one", None],
+    "implementation": ["cudnn"],
+  }
+  own: dict[str, list[Any]] = {
+    "temperature": [0.0, NAN],
+    "iterations": [0],
+    "start": ["one"],
+  }
   return {
     "matching.sinkhorn_matching": Entry(
       matching.sinkhorn_matching, pair, {**bad, **exact}
