@@ -16,12 +16,12 @@ from flax import nnx
 import asap_jax
 from experiments.common import replacements
 from experiments.common.arguments import parser_for, whole
+from experiments.common.onnx_runtime import onnx_function
 from experiments.common.results import options_of, print_end, print_rows, write_results
 from experiments.common.timing import Laps, time_interleaved
 from experiments.datasets.examples import evenly
 from experiments.datasets.tasks import load_task
 from experiments.encoders import TextCoder, directory_of, load_encoder
-from experiments.serving.files import onnx_function
 
 BATCH = 64
 # Tokens that forward passes are timed at, and sequences in one of them.
