@@ -62,7 +62,7 @@ def sinkhorn_matching(
   Example:
     >>> import jax
     >>> query = jax.random.normal(jax.random.key(0), (6, 8))
-    >>> key = query[::-1][:5]  # the last one of which is missing
+    >>> key = query[:0:-1]  # in reverse, without the first
     >>> log_plan = sinkhorn_matching(query, key, dustbin=3.0, temperature=0.5)
     >>> jax.numpy.exp(log_plan).sum(-1).round(2).tolist()
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0]

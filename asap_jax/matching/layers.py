@@ -50,7 +50,7 @@ class OptimalMatching(nnx.Module):
   Example:
     >>> layer = OptimalMatching(temperature=0.5, dustbin=3.0)
     >>> query = jax.random.normal(jax.random.key(0), (6, 8))
-    >>> layer(query, query[::-1][:5]).shape
+    >>> layer(query, query[:0:-1]).shape
     (7, 6)
   """
 
@@ -110,7 +110,7 @@ class AmortizedMatching(OptimalMatching):
   Example:
     >>> layer = AmortizedMatching(8, temperature=0.5, dustbin=3.0)
     >>> query = jax.random.normal(jax.random.key(0), (6, 8))
-    >>> layer(query, query[::-1][:5]).shape
+    >>> layer(query, query[:0:-1]).shape
     (7, 6)
     >>> f"{asap_jax.dual_loss(layer):.1f}"
     '9.0'
