@@ -138,6 +138,7 @@ _ESP = "Shahbazi et al., 2025, arXiv 2502.07962"
 _LOT = "Shahbazi et al., 2025, arXiv 2509.23436"
 _SWGG = "Mahey et al., 2023, arXiv 2307.01770"
 _EST = "Liu et al., 2025, arXiv 2410.12176"
+_BORN = "Born et al., 2025, arXiv 2504.16275"
 _ASAP = "Tran, Milkert and Hyde, 2026, arXiv 2605.12879"
 
 # What a claim that fails here is due to.
@@ -234,6 +235,16 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
       "with the efficiency of slices (here: cheaper than Sinkhorn's iterations)",
       _BEATS_SINKHORN,
       _SHORT,
+    ),
+  ),
+  "qr": (Claim(_BORN, "doubly stochastic without iterations", doubly_stochastic),),
+  "qontot": (
+    Claim(_BORN, "doubly stochastic for any parameters", doubly_stochastic),
+    Claim(
+      _BORN,
+      "it raises accuracy over softmax and doubly stochastic rivals (here: softmax)",
+      _BEATS_SOFTMAX,
+      _NOISE,
     ),
   ),
   "asap": (
