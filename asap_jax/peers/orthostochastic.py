@@ -10,7 +10,7 @@ padding are left out: the i-th valid query and the i-th valid key are one token.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from asap_jax.attention.inputs import Inputs
 from asap_jax.attention.signature import attention_fn
@@ -85,9 +85,24 @@ def cayley_attention(inputs: Inputs, *, alpha: float | Array = 1.0) -> Array:
   ordered = Ordered(inputs, "cayley")
   query, key = ordered.query, ordered.key
   u, v = jnp.concatenate([query, -key], -1), jnp.concatenate([key, query], -1)
-  u, one = alpha * u, jnp.eye(query.shape[-2], dtype=query.dtype)
-  inner = jnp.eye(u.shape[-1], dtype=u.dtype) + exact_einsum("...nd,...ne->...de", v, u)
-  factors = jax.scipy.linalg.lu_factor(inner)
+  q = 2.0 * _inverse(alpha * u, v) - jnp.eye(query.shape[-2], dtype=query.dtype)
+  return inputs.attend(ordered.restored(q * q))
+
+
+@jax.custom_jvp
+def _inverse(
+  u: Float[Array, "*batch n k"], v: Float[Array, "*batch n k"]
+) -> Float[Array, "*batch n n"]:
+  r"""Inverse M of I + u v^T, by a system of k unknowns.
+
+  Its derivative, $-M (du\,v^T + u\,dv^T) M$, needs no system. Derived from the
+  solution, it would have several that do not wait for each other, and with jaxlib 0.10
+  batched triangular systems side by side stand still for ever on a CPU with two
+  threads.
+  """
+  one, n = jnp.eye(u.shape[-1], dtype=u.dtype), u.shape[-2]
+  factors = jax.scipy.linalg.lu_factor(one + exact_einsum("...nd,...ne->...de", v, u))
+  one = jnp.eye(n, dtype=u.dtype)
 
   def solved(right: Array) -> Array:
     """(I + A)^-1 times a matrix."""
@@ -95,12 +110,23 @@ def cayley_attention(inputs: Inputs, *, alpha: float | Array = 1.0) -> Array:
     small = jax.scipy.linalg.lu_solve(factors, small)
     return right - exact_einsum("...nd,...dm->...nm", u, small)
 
-  inverse = solved(jnp.broadcast_to(one, (*query.shape[:-1], query.shape[-2])))
+  inverse = solved(jnp.broadcast_to(one, (*u.shape[:-1], n)))
   # The small system is worse conditioned than I + A: float32 needs what it left.
   for _ in range(_REFINEMENTS):
-    skew = exact_einsum(
-      "...nd,...dm->...nm", u, exact_einsum("...nd,...nm->...dm", v, inverse)
-    )
-    inverse = inverse + solved(one - inverse - skew)
-  q = 2.0 * inverse - one
-  return inputs.attend(ordered.restored(q * q))
+    product = exact_einsum("...nd,...nm->...dm", v, inverse)
+    left = one - inverse - exact_einsum("...nd,...dm->...nm", u, product)
+    inverse = inverse + solved(left)
+  return inverse
+
+
+@_inverse.defjvp
+def _inverse_jvp(
+  primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+  (u, v), (du, dv) = primals, tangents
+  inverse = _inverse(u, v)
+  left = lambda x: exact_einsum("...nm,...md->...nd", inverse, x)  # noqa: E731
+  right = lambda x: exact_einsum("...nd,...nm->...dm", x, inverse)  # noqa: E731
+  product = "...nd,...dm->...nm"
+  moved = exact_einsum(product, left(du), right(v))
+  return inverse, -moved - exact_einsum(product, left(u), right(dv))
