@@ -6,6 +6,10 @@ decomposition (Born et al., 2025, "Quantum doubly stochastic transformers", arXi
 2504.16275, section 3.3, where it stands beside a quantum circuit), and Cayley's map of
 the skew part of S, which needs no decomposition of an n x n matrix. Tokens that are
 padding are left out: the i-th valid query and the i-th valid key are one token.
+
+Both call LAPACK on a CPU. Calls that wait for each other, as those of layers do, are
+safe; several side by side in one program may stand still for ever with jaxlib 0.10,
+whose batched kernels wait for threads that wait themselves.
 """
 
 import jax
@@ -96,9 +100,7 @@ def _inverse(
   r"""Inverse M of I + u v^T, by a system of k unknowns.
 
   Its derivative, $-M (du\,v^T + u\,dv^T) M$, needs no system. Derived from the
-  solution, it would have several that do not wait for each other, and with jaxlib 0.10
-  batched triangular systems side by side stand still for ever on a CPU with two
-  threads.
+  solution, it would have several that do not wait for each other (module docstring).
   """
   one, n = jnp.eye(u.shape[-1], dtype=u.dtype), u.shape[-2]
   factors = jax.scipy.linalg.lu_factor(one + exact_einsum("...nd,...ne->...de", v, u))
