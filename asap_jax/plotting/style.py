@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 # Okabe and Ito's colours, in the order in which lines on white are best told apart.
 COLOURS = ("black", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p", "d")
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 
 
@@ -65,7 +65,7 @@ def axes_or_new(axes: Axes | None, width: float = 4.0, height: float = 3.2) -> A
 
 
 def series_style(index: int) -> dict[str, Any]:
-  """Colour, marker and line of one of several series; the first 12 all differ.
+  """Colour, marker and line of one of several series; the first 156 all differ.
 
   Markers are hollow in every second round of the colours.
 
