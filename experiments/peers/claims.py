@@ -153,7 +153,8 @@ _SHORT = (
 _SETTING = "setting: exact at convergence (tests/peers), but"
 _TRAINS_SLOWLY = (
   "setting or size: steps and learning rate are those of all others, temperatures and "
-  "numbers of slices or pivots defaults; more steps decide"
+  "numbers of slices or pivots defaults; with 2,400 steps LOTFormer keeps the accuracy "
+  "of softmax, ESPFormer stays below it"
 )
 
 _RAISES_ACCURACY = Claim(
@@ -244,7 +245,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
       _BORN,
       "it raises accuracy over softmax and doubly stochastic rivals (here: softmax)",
       _BEATS_SOFTMAX,
-      _TRAINS_SLOWLY,
+      "size: one small task, and few steps",
     ),
   ),
   "asap": (
