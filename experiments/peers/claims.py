@@ -147,8 +147,8 @@ _NOISE = (
   "gain; with twelve, Differential attention has one, Sinkhorn and Sinkformer have none"
 )
 _SHORT = (
-  "size: 64 tokens; it grows with n or n log n, Sinkhorn with n^2: LOTFormer is cheaper "
-  "from 256 tokens on, min-SWGG at 4,096, EST not yet there"
+  "size: 64 tokens; it grows with n or n log n, Sinkhorn with n^2: LOTFormer is "
+  "cheaper from 256 tokens on, min-SWGG at 4,096, EST not yet there"
 )
 _SETTING = "setting: exact at convergence (tests/peers), but"
 _TRAINS_SLOWLY = (
