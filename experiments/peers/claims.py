@@ -154,7 +154,7 @@ _SETTING = "setting: exact at convergence (tests/peers), but"
 _TRAINS_SLOWLY = (
   "setting or size: steps and learning rate are those of all others, temperatures and "
   "numbers of slices or pivots defaults; with 2,400 steps LOTFormer keeps the accuracy "
-  "of softmax, ESPFormer stays below it"
+  "of softmax, ESPFormer does not exceed it"
 )
 
 _RAISES_ACCURACY = Claim(
